@@ -1,0 +1,116 @@
+"""Arguments as the functions want them, or an error that names function, argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rmsjax._reduce import Mapped
+
+
+def as_numeric(function: str, argument: str, x: Any, *, kind: Any = jnp.number, hint: str = "") -> Array:
+    """x as an array; TypeError unless its dtype is of the kind (numbers, or only inexact ones)."""
+    wanted = "numbers" if kind is jnp.number else "floating-point or complex numbers"
+    dtype = getattr(x, "dtype", None)
+    if dtype is None and isinstance(x, (bool, int, float, complex, list, tuple)):
+        with contextlib.suppress(ValueError):  # a ragged list
+            dtype = np.asarray(x).dtype
+    if dtype is None or not jnp.issubdtype(dtype, kind):
+        got = f"dtype {dtype}" if dtype is not None else f"{x!r:.80}"
+        raise TypeError(f"{function}: {argument} must be an array of {wanted}, got {got}.{hint}")
+    return jnp.asarray(x)
+
+
+def as_axes(
+    function: str, axis: int | Sequence[int] | None, shape: tuple[int, ...], *, argument: str = "axis"
+) -> tuple[int, ...]:
+    """The axes as sorted non-negative integers; None means all of them."""
+    ndim = len(shape)
+    if axis is None:
+        return tuple(range(ndim))
+    given: tuple[Any, ...] = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    try:
+        given = tuple(operator.index(a) for a in given)
+    except TypeError:
+        raise TypeError(f"{function}: {argument} must be an integer or a tuple of integers, got {axis!r}") from None
+    if not given:
+        raise ValueError(f"{function}: {argument} is empty; name at least one axis, or None for all of them")
+    for a in given:
+        if not -ndim <= a < ndim:
+            raise ValueError(f"{function}: {argument} {a} is out of range for shape {shape}, which has {ndim} axes")
+    axes = tuple(sorted(a % ndim for a in given))
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{function}: {argument} {axis!r} names an axis of shape {shape} more than once")
+    return axes
+
+
+def as_mapped(function: str, axis_name: str | Sequence[str] | None, groups: Any = None) -> Mapped:
+    """The mapped axes of an `axis_name` argument; ValueError for one that is not bound here."""
+    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    for name in names:
+        try:
+            jax.lax.axis_index(name)
+        except NameError:
+            raise ValueError(
+                f"{function}: axis_name {name!r} is not bound; it must name an axis of a surrounding shard_map, pmap "
+                "or vmap(axis_name=...). Under plain jit leave it out: sharded arrays need no axis name."
+            ) from None
+    return Mapped(names, None if groups is None else tuple(tuple(group) for group in groups))
+
+
+def as_mask(function: str, where: Any, shape: tuple[int, ...]) -> Array | None:
+    """A `where` argument as an array of booleans of the given shape."""
+    if where is None:
+        return None
+    dtype, given = jnp.asarray(where).dtype, jnp.shape(where)
+    if dtype != jnp.bool_:
+        raise TypeError(f"{function}: where must be an array of booleans, got dtype {dtype}; write where != 0")
+    missing = len(shape) - len(given)
+    if missing < 0 or any(g not in (1, s) for g, s in zip(given, shape[missing:], strict=True)):
+        raise ValueError(f"{function}: where must broadcast to the shape of x, {shape}, got shape {given}")
+    return jnp.broadcast_to(jnp.reshape(where, (1,) * missing + given), shape)
+
+
+def as_number(function: str, argument: str, value: Any, *, least: float = -math.inf) -> float:
+    """A finite static number that is not below `least`."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.number)):
+        raise TypeError(f"{function}: {argument} must be a number known at trace time, got {value!r:.80}")
+    if not (math.isfinite(float(value)) and float(value) >= least):
+        bound = "finite" if least == -math.inf else f"finite and at least {least:g}"
+        raise ValueError(f"{function}: {argument} must be {bound}, got {value!r}")
+    return float(value)
+
+
+def as_full_rank(function: str, argument: str, value: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """A per-feature array as one of the rank of x: it has the shape of the given axes, or the rank of x already."""
+    extents = tuple(shape[a] for a in axes)
+    if value.shape == extents:
+        return value.reshape([n if a in axes else 1 for a, n in enumerate(shape)])
+    if value.ndim == len(shape) and all(v in (1, n) for v, n in zip(value.shape, shape, strict=True)):
+        return value
+    raise ValueError(
+        f"{function}: {argument} must have shape {extents}, that of axis {axes} of x with shape {shape} "
+        f"(or the rank of x with each axis of size 1 or that of x), got shape {value.shape}"
+    )
+
+
+def as_threshold(function: str, argument: str, value: Any) -> Any:
+    """A number that is at least 0; a traced one is taken as it is."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    array = np.asarray(value)
+    if array.ndim or array.dtype == np.bool_ or not jnp.issubdtype(array.dtype, jnp.number):
+        raise TypeError(f"{function}: {argument} must be a number, got {value!r:.80}")
+    if not array >= 0:
+        raise ValueError(f"{function}: {argument} must be at least 0, got {value}")
+    return value

@@ -1,0 +1,83 @@
+"""What the RMSNorm layers of both Flax APIs share: everything but how they hold their parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.nn import initializers
+
+from rmsjax._checks import as_axes, as_mapped
+from rmsjax._norm import normalize
+
+Axes = int | Sequence[int]
+
+_INERT = {
+    "use_fast_variance": "an RMS norm subtracts no mean, so there is only one variance to compute",
+    "force_float32_reductions": "reductions are always in float32 or wider",
+}
+
+
+class RejectsInertArguments:
+    """Flax takes arguments for RMSNorm that do nothing, or that would lose precision; say so instead."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        del args
+        for name in _INERT.keys() & kwargs.keys():
+            raise TypeError(f"rmsjax RMSNorm: {name} is not an argument: {_INERT[name]}. Leave it out.")
+        return super().__new__(cls)
+
+
+def scale_initializer(scale_init: Any, scale_offset: float) -> Any:
+    """The given initializer, or one with which the gain, scale + offset, starts at 1."""
+    return initializers.constant(1.0 - scale_offset) if scale_init is None else scale_init
+
+
+def apply_layer(
+    x: Any,
+    scale: Array | None,
+    mask: Any,
+    *,
+    epsilon: float,
+    dtype: Any,
+    reduction_axes: Axes,
+    feature_axes: Axes,
+    axis_name: str | Sequence[str] | None,
+    axis_index_groups: Any,
+    scale_offset: float,
+) -> Array:
+    """The forward pass; the result has `dtype`, or the wider one of the dtypes of x and scale."""
+    if dtype is None and scale is not None and hasattr(x, "dtype"):
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.promote_types(x.dtype, scale.dtype)
+    return normalize(
+        "RMSNorm",
+        x,
+        scale,
+        axis=reduction_axes,
+        feature_axes=feature_axes,
+        epsilon=epsilon,
+        scale_offset=scale_offset,
+        where=mask,
+        mapped=as_mapped("RMSNorm", axis_name, axis_index_groups),
+        dtype=dtype,
+    )
+
+
+def check_features(x: Any, num_features: Sequence[int], feature_axes: Axes) -> None:
+    """ValueError that names both sizes and the axis if the scale does not fit x."""
+    shape = jnp.shape(x)
+    axes = as_axes("RMSNorm", feature_axes, shape, argument="feature_axes")
+    found = tuple(shape[a] for a in axes)
+    if found != tuple(num_features):
+        raise ValueError(
+            f"RMSNorm: num_features is {_listed(num_features)}, but axis {_listed(axes)} of x with shape {shape} "
+            f"has size {_listed(found)}; make the layer with num_features={_listed(found)}, or set feature_axes"
+        )
+
+
+def _listed(values: Sequence[int]) -> str:
+    return str(values[0]) if len(values) == 1 else str(tuple(values))

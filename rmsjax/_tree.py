@@ -1,0 +1,268 @@
+"""Pytrees: one notion of scope, and the RMS norm of the elements that it pools.
+
+`Scope` says which elements of a tree are measured together. All functions and transforms that take a tree share it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rmsjax import _reduce
+from rmsjax._checks import as_axes, as_mapped, as_numeric
+from rmsjax._reduce import Mapped, PerPool, Pool, direction, split_ratio
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree, Real
+
+Axes: TypeAlias = int | Sequence[int]
+Scope: TypeAlias = str | Axes | Callable[[str, Array], str | Axes]
+"""How the elements of a tree are pooled.
+
+- `"global"`: all elements of all leaves together.
+- `"block"`: each leaf by itself.
+- an int or a tuple of ints: each leaf is reduced over these axes and keeps the others, so a leaf of stacked layers
+  [L, m, n] has one norm per layer under `(1, 2)`, a kernel [in, out] one per output unit under `0`.
+- a callable `(path, leaf)`, with a path such as "layers/0/kernel", that returns for each leaf `"block"`, axes, or a
+  label of its own; leaves with the same label are pooled together.
+"""
+
+
+class Grouping(NamedTuple):
+    """A tree taken apart by a scope."""
+
+    leaves: list[Array]
+    treedef: Any
+    pools: tuple[Pool, ...]
+    is_global: bool
+
+    def tree(self, values: PerPool) -> Any:
+        """What each pool has, at each of its leaves; under scope "global" the one value by itself."""
+        entries = values.entries(self.pools)
+        return entries[0] if self.is_global else self.treedef.unflatten(_by_leaf(self.pools, entries))
+
+
+def _by_leaf(pools: Sequence[Pool], entries: Sequence[Any]) -> list[Any]:
+    found = {i: entry for pool, entry in zip(pools, entries, strict=True) for i in pool.members}
+    return [found[i] for i in range(len(found))]
+
+
+def leaf_paths(tree: Any, sep: str = "/") -> list[str]:
+    """The path of each leaf as one string; a Flax NNX variable counts as the leaf that it holds."""
+    nnx = sys.modules.get("flax.nnx")  # no tree holds a variable before flax was imported
+    is_variable: Callable[[Any], bool] = (lambda node: isinstance(node, nnx.Variable)) if nnx else (lambda node: False)
+    paths: list[str] = []
+    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]:
+        inner = jax.tree_util.tree_flatten_with_path(node)[0] if is_variable(node) else [((), node)]
+        for rest, _ in inner:
+            paths.append(jax.tree_util.keystr((*path, *rest[1:]), simple=True, separator=sep))
+    return paths
+
+
+def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number) -> Grouping:
+    """The leaves of a tree and the pools that the scope makes of them; errors name the leaf."""
+    given, treedef = jax.tree.flatten(tree)
+    paths = leaf_paths(tree)
+    leaves = [
+        as_numeric(function, f"leaf {path!r}", leaf, kind=kind, hint=_leaf_hint(leaf))
+        for path, leaf in zip(paths, given, strict=True)
+    ]
+    if isinstance(scope, str):
+        if scope not in ("global", "block"):
+            close = difflib.get_close_matches(scope, ("global", "block"), n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{function}: scope must be 'global', 'block', axes or a callable, got {scope!r}{meant}")
+        everything = tuple(range(len(leaves)))
+        pools = [Pool(everything)] if scope == "global" else [Pool((i,)) for i in everything]
+        return Grouping(leaves, treedef, tuple(pools), scope == "global")
+    if not callable(scope) and not isinstance(scope, (int, np.integer, tuple, list)):
+        hint = "; under optax.inject_hyperparams name it in static_args" if isinstance(scope, jax.Array) else ""
+        raise TypeError(f"{function}: scope must be 'global', 'block', axes or a callable, got {scope!r:.80}{hint}")
+    members: dict[Hashable, list[int]] = {}
+    axes: dict[Hashable, tuple[int, ...]] = {}
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        choice: Any = scope(path, leaf) if callable(scope) else scope
+        key: Hashable = i
+        if isinstance(choice, str):
+            key = i if choice == "block" else choice
+        else:
+            axes[i] = _scope_axes(function, choice, path, leaf, from_callable=callable(scope))
+        members.setdefault(key, []).append(i)
+    return Grouping(leaves, treedef, tuple(Pool(tuple(m), axes.get(k)) for k, m in members.items()), False)
+
+
+def _leaf_hint(leaf: Any) -> str:
+    if jnp.issubdtype(getattr(leaf, "dtype", np.dtype(object)), jax.dtypes.prng_key):
+        return " Random keys are not numbers: leave them out, for instance with nnx.state(model, nnx.Param)."
+    return " Cast it, or leave it out of the tree with optax.masked or None."
+
+
+def _scope_axes(function: str, choice: Any, path: str, leaf: Array, *, from_callable: bool) -> tuple[int, ...]:
+    try:
+        if choice is None:
+            raise TypeError(f"{function}: scope must give axes, 'block' or a label, got None")
+        return as_axes(function, choice, leaf.shape, argument="scope axis")
+    except (TypeError, ValueError) as error:
+        hint = "" if from_callable else (
+            "; a callable scope can choose for each leaf, such as "
+            f"lambda path, leaf: {choice!r} if leaf.ndim > 1 else 'block'"
+        )  # fmt: skip
+        raise type(error)(f"{error} (leaf {path!r}){hint}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def measure(grouping: Grouping, mapped: Mapped) -> PerPool:
+    """The norm of each pool; an array of norms, with the reduced axes kept, for a pool with axes."""
+    return _measure(grouping.leaves, grouping.pools, mapped)
+
+
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _measure(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) -> PerPool:
+    plan = _reduce.make_plan(leaves, pools, mapped=mapped)
+    return _reduce.root_mean_square(plan, leaves)
+
+
+def tree_rms(
+    tree: PyTree, scope: Scope = "global", *, axis_name: str | Sequence[str] | None = None
+) -> Real[Array, ""] | PyTree:
+    r"""The RMS norms of the pools of a tree, $\sqrt{\sum_{l} \|x_l\|_2^2 / \sum_l n_l}$ over the leaves l of each pool.
+
+    Every element counts once, whatever leaf it is in. Numerics, and the derivative at zero, are those of `rms`.
+
+    Args:
+        tree: any pytree of numeric arrays: parameters, gradients, an `nnx.State`. None and `optax.MaskedNode` hold no
+            leaves and are passed over; leaves without elements contribute nothing.
+        scope: what is pooled, see `Scope`. Default: all elements of all leaves together.
+        axis_name: under `shard_map` or `pmap`, the mapped axes that leaves are split over. Each leaf is summed only
+            over those that it varies over, so replicated leaves count once; with `check_vma=False`, and under `pmap`,
+            JAX does not know, and each leaf is summed over all of them.
+
+    Returns:
+        For "global" a scalar, else a tree of the same structure in which each leaf is the norm of its pool: a scalar,
+        or for axes an array with the reduced axes kept as size 1. float32 (float64 if the pool holds such leaves).
+        A pool without elements has norm 0.
+
+    Raises:
+        TypeError: a leaf is not numeric, or the scope not of a known kind.
+        ValueError: an unknown scope, or an axis that a leaf does not have; the message names the leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmsjax import tree_rms
+        >>> grads = {"w": jnp.full((2, 3), 2.0), "b": jnp.zeros(2)}
+        >>> print(tree_rms(grads))
+        1.7320508
+        >>> print({k: float(v) for k, v in tree_rms(grads, "block").items()})
+        {'b': 0.0, 'w': 2.0}
+        >>> print(tree_rms(grads, lambda path, leaf: 0 if leaf.ndim == 2 else "block")["w"])
+        [[2. 2. 2.]]
+
+    Source: the pooled form of Zhang and Sennrich (arXiv 1910.07467); "block" is optax's word for a leaf.
+    """
+    grouping = group("tree_rms", tree, scope)
+    return grouping.tree(measure(grouping, as_mapped("tree_rms", axis_name)))
+
+
+def rms_by_path(
+    tree: PyTree,
+    *,
+    sep: str = "/",
+    scope: Scope = "block",
+    axis_name: str | Sequence[str] | None = None,
+) -> dict[str, Array]:
+    """The RMS norm of each leaf by its path, ready for TensorBoard or W&B. Works under `jit`.
+
+    Args:
+        tree: as in `tree_rms`.
+        sep: what separates the parts of a path.
+        scope: as in `tree_rms`; "block", the default, gives one scalar for each leaf.
+        axis_name: as in `tree_rms`.
+
+    Returns:
+        A dict from path to norm, in the order of the leaves.
+
+    Raises:
+        ValueError: two leaves have the same path with this separator; and all that `tree_rms` raises.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmsjax import rms_by_path
+        >>> rms_by_path({"dense": {"kernel": jnp.full((2, 2), 3.0)}})
+        {'dense/kernel': Array(3., dtype=float32)}
+
+    Source: keys as `jax.tree_util.keystr` writes them.
+    """
+    grouping = group("rms_by_path", tree, scope)
+    paths = leaf_paths(tree, sep)
+    if len(set(paths)) < len(paths):
+        twice = next(path for i, path in enumerate(paths) if path in paths[:i])
+        raise ValueError(f"rms_by_path: several leaves have the path {twice!r}; choose another sep than {sep!r}")
+    entries = measure(grouping, as_mapped("rms_by_path", axis_name)).entries(grouping.pools)
+    return dict(zip(paths, _by_leaf(grouping.pools, entries), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ rescaling
+
+
+def rescale(grouping: Grouping, roots: PerPool, targets: PerPool) -> Any:
+    """The tree with each leaf multiplied by target/root of its pool, in its own dtype.
+
+    Where target = root a leaf comes back as it was, and where root = 0 as zeros. A root that is NaN or inf makes all
+    of its pool non-finite or zero, so that nothing hides it.
+    """
+    return grouping.treedef.unflatten(_rescale_jit(grouping.pools, grouping.leaves, roots, targets))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rescale(pools: tuple[Pool, ...], leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[Array]:
+    return _rescale_linear(pools, leaves, roots, targets)
+
+
+def _rescale_linear(pools: tuple[Pool, ...], leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[Array]:
+    """`_rescale`, of which JAX is to see that it is linear in the leaves."""
+    ratios = jax.tree.map(split_ratio, targets, roots)
+    first, second = (jax.tree.map(lambda _, ratio, k=k: ratio[k], roots, ratios) for k in (0, 1))
+    same = jax.tree.map(jnp.equal, targets, roots)
+    factors = zip(*(per_pool.entries(pools) for per_pool in (first, second, same)), strict=True)
+    return [
+        # A selection beside the product: a step that changes nothing then need not write, if the leaves were donated.
+        jnp.where(same, leaf, (_up(leaf, a.dtype) * a * b).astype(leaf.dtype))
+        for leaf, (a, b, same) in zip(leaves, _by_leaf(pools, list(factors)), strict=True)
+    ]
+
+
+@_rescale.defjvp
+def _(pools: tuple[Pool, ...], primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
+    """d(x t/r) = dx t/r + x/r (dt - dr t/r), multiplied in an order that stays in range."""
+    leaves, roots, targets = primals
+    dleaves, droots, dtargets = tangents
+
+    def change(root: Array, target: Array, droot: Array, dtarget: Array) -> Array:
+        a, b = split_ratio(target, root)
+        return dtarget - droot * a * b
+
+    changes = jax.tree.map(change, roots, targets, droots, dtargets)
+    per_leaf = _by_leaf(pools, list(zip(roots.entries(pools), changes.entries(pools), strict=True)))
+    moved = [
+        (direction(_up(leaf, root.dtype), root) * by).astype(leaf.dtype)
+        for leaf, (root, by) in zip(leaves, per_leaf, strict=True)
+    ]
+    straight = _rescale_linear(pools, dleaves, roots, targets)
+    return _rescale(pools, leaves, roots, targets), jax.tree.map(jnp.add, straight, moved)
+
+
+_rescale_jit = jax.jit(_rescale, static_argnums=0, inline=True)
+
+
+def _up(leaf: Array, dtype: Any) -> Array:
+    return leaf.astype(jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(leaf) else dtype)
