@@ -114,3 +114,12 @@ def as_threshold(function: str, argument: str, value: Any) -> Any:
     if not array >= 0:
         raise ValueError(f"{function}: {argument} must be at least 0, got {value}")
     return value
+
+
+def as_result_dtype(function: str, dtype: Any, x: Array) -> np.dtype[Any]:
+    """The dtype of a result; that of x for None."""
+    result = np.dtype(x.dtype if dtype is None else dtype)
+    kind = jnp.complexfloating if jnp.iscomplexobj(x) else jnp.floating
+    if not jnp.issubdtype(result, kind):
+        raise TypeError(f"{function}: dtype must be a {kind.__name__} type for x of dtype {x.dtype}, got {result}")
+    return result

@@ -13,8 +13,20 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from rmsjax import _reduce
-from rmsjax._checks import as_axes, as_full_rank, as_mapped, as_mask, as_number, as_numeric
-from rmsjax._reduce import Mapped, PerPool, Plan, Pool, accumulator_dtype, cpu_barrier, direction, divide, mean_product
+from rmsjax._checks import as_axes, as_full_rank, as_mapped, as_mask, as_number, as_numeric, as_result_dtype
+from rmsjax._reduce import (
+    Mapped,
+    PerPool,
+    Plan,
+    Pool,
+    accumulator_dtype,
+    cpu_barrier,
+    direction,
+    divide,
+    lift,
+    mean_product,
+    times,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -177,11 +189,13 @@ def normalize(
         scale = as_full_rank(
             function, "scale", as_numeric(function, "scale", scale, kind=jnp.floating), x.shape, features
         )
+    elif scale_offset:
+        raise ValueError(f"{function}: scale_offset {scale_offset!r} needs a scale to be added to, got none")
     spec = _Spec(
         axes,
         as_number(function, "epsilon", epsilon, least=0.0),
         as_number(function, "scale_offset", scale_offset),
-        np.dtype(x.dtype if dtype is None else dtype),
+        as_result_dtype(function, dtype, x),
         mapped,
     )
     return _normalize(x, scale, as_mask(function, where, x.shape), spec)
@@ -235,19 +249,20 @@ def _root(plan: Plan, x: Array, counts: PerPool | None) -> Array:
     return _reduce.root_mean_square(plan, [cpu_barrier(x)], counts).rows[0]
 
 
-def _gain(spec: _Spec, scale: Array, dtype: Any) -> Array:
-    return scale.astype(dtype) + spec.scale_offset if spec.scale_offset else scale.astype(dtype)
+def _lift(spec: _Spec, x: Array) -> Array:
+    return lift(x, accumulator_dtype(x.dtype, spec.dtype))
 
 
-def _working_dtype(spec: _Spec, x: Array) -> Any:
-    accumulator = accumulator_dtype(x.dtype, spec.dtype)
-    return jnp.promote_types(accumulator, jnp.complex64) if jnp.iscomplexobj(x) else accumulator
+def _times_gain(spec: _Spec, y: Array, scale: Array | None) -> Array:
+    if scale is not None:
+        gain = scale.astype(y.real.dtype)
+        y = times(y, gain + spec.scale_offset if spec.scale_offset else gain)
+    return y.astype(spec.dtype)
 
 
 def _divide(spec: _Spec, x: Array, scale: Array | None, root: Array) -> Array:
     x, root, scale = cpu_barrier((x, root, scale))  # split off from the statistics
-    y = direction(x.astype(_working_dtype(spec, x)), root)
-    return (y if scale is None else y * _gain(spec, scale, root.dtype)).astype(spec.dtype)
+    return _times_gain(spec, direction(_lift(spec, x), root), scale)
 
 
 @_keeps_its_arguments
@@ -258,14 +273,12 @@ def _along_x(
     x, root, scale = cpu_barrier((x, root, scale))
     count = plan.sizes.rows[0] if counts is None else counts.rows[0]
     mean = mean_product(x, root, dx, spec.axes, plan.mapped[0], count)
-    working = _working_dtype(spec, x)
-    dy = divide(dx.astype(working), root) - direction(x.astype(working), root) * divide(mean, root)
-    return (dy if scale is None else dy * _gain(spec, scale, root.dtype)).astype(spec.dtype)
+    dy = divide(_lift(spec, dx), root) - times(direction(_lift(spec, x), root), divide(mean, root))
+    return _times_gain(spec, dy, scale)
 
 
 @_keeps_its_arguments
 def _along_scale(spec: _Spec, plan: Plan, x: Array, root: Array, dscale: Array) -> Array:
     """dy = x/rho * dscale. The last barrier is for the way back, where it keeps the cotangent from being shared."""
     x, root = cpu_barrier((x, root))
-    y = direction(x.astype(_working_dtype(spec, x)), root) * dscale.astype(root.dtype)
-    return cpu_barrier(y.astype(spec.dtype))
+    return cpu_barrier(times(direction(_lift(spec, x), root), dscale).astype(spec.dtype))

@@ -38,7 +38,7 @@ class Pool(NamedTuple):
 
 
 class PerPool(NamedTuple):
-    """An entry for each pool: a vector over the pools without axes (None if there are none), an array for the others."""
+    """An entry for each pool: a vector over the pools without axes (None without any), an array for each other."""
 
     scalars: Any
     rows: tuple[Any, ...]
@@ -73,6 +73,16 @@ def real_parts(x: Array, dtype: Any) -> tuple[Array, ...]:
     return tuple(part.astype(dtype) for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,)))
 
 
+def lift(x: Array, dtype: Any) -> Array:
+    """x in the accumulator dtype, or in its complex counterpart if x is complex."""
+    return x.astype(np.result_type(dtype, np.complex64) if jnp.iscomplexobj(x) else dtype)
+
+
+def times(x: Array, *factors: Array) -> Array:
+    """The product in the dtype of x, which may be complex where the factors are real."""
+    return reduce(jnp.multiply, [factor.astype(x.dtype) for factor in factors], x)
+
+
 def cpu_barrier(values: T) -> T:
     """Keep XLA:CPU from sharing a computed value between two loops: it would store it in full, in float32.
 
@@ -97,8 +107,7 @@ def split_ratio(numerator: Array | float, denominator: Array) -> tuple[Array, Ar
 
 def divide(x: Array, root: Array) -> Array:
     """x/root without a division for each element, and 0 where root is 0; linear in x."""
-    a, b = cpu_barrier(split_ratio(1.0, root))  # once a row, not again for each element
-    return x * a * b
+    return times(x, *cpu_barrier(split_ratio(1.0, root)))  # the ratio once a row, not again for each element
 
 
 @jax.custom_jvp
@@ -111,7 +120,7 @@ def direction(x: Array, root: Array) -> Array:
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, root), (dx, droot) = primals, tangents
     y = direction(x, root)
-    return y, divide(dx, root) - y * divide(droot, root)
+    return y, divide(dx, root) - times(y, divide(droot, root))
 
 
 class _Window(NamedTuple):

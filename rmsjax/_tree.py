@@ -18,7 +18,7 @@ from jax import Array
 
 from rmsjax import _reduce
 from rmsjax._checks import as_axes, as_mapped, as_numeric
-from rmsjax._reduce import Mapped, PerPool, Pool, direction, split_ratio
+from rmsjax._reduce import Mapped, PerPool, Pool, accumulator_dtype, direction, lift, split_ratio, times
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
@@ -46,8 +46,14 @@ class Grouping(NamedTuple):
 
     def tree(self, values: PerPool) -> Any:
         """What each pool has, at each of its leaves; under scope "global" the one value by itself."""
-        entries = values.entries(self.pools)
+        entries = [self._narrow(v, pool) for v, pool in zip(values.entries(self.pools), self.pools, strict=True)]
         return entries[0] if self.is_global else self.treedef.unflatten(_by_leaf(self.pools, entries))
+
+    def _narrow(self, value: Array, pool: Pool) -> Array:
+        """One float64 leaf makes all sums float64; the norm of a pool without such a leaf is still float32."""
+        if not jnp.issubdtype(value.dtype, jnp.inexact):
+            return value
+        return value.astype(accumulator_dtype(*(self.leaves[i].dtype for i in pool.members)))
 
 
 def _by_leaf(pools: Sequence[Pool], entries: Sequence[Any]) -> list[Any]:
@@ -207,8 +213,8 @@ def rms_by_path(
     if len(set(paths)) < len(paths):
         twice = next(path for i, path in enumerate(paths) if path in paths[:i])
         raise ValueError(f"rms_by_path: several leaves have the path {twice!r}; choose another sep than {sep!r}")
-    entries = measure(grouping, as_mapped("rms_by_path", axis_name)).entries(grouping.pools)
-    return dict(zip(paths, _by_leaf(grouping.pools, entries), strict=True))
+    norms = grouping._replace(is_global=False).tree(measure(grouping, as_mapped("rms_by_path", axis_name)))
+    return dict(zip(paths, grouping.treedef.flatten_up_to(norms), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ rescaling
@@ -236,7 +242,7 @@ def _rescale_linear(pools: tuple[Pool, ...], leaves: Sequence[Array], roots: Per
     factors = zip(*(per_pool.entries(pools) for per_pool in (first, second, same)), strict=True)
     return [
         # A selection beside the product: a step that changes nothing then need not write, if the leaves were donated.
-        jnp.where(same, leaf, (_up(leaf, a.dtype) * a * b).astype(leaf.dtype))
+        jnp.where(same, leaf, times(lift(leaf, a.dtype), a, b).astype(leaf.dtype))
         for leaf, (a, b, same) in zip(leaves, _by_leaf(pools, list(factors)), strict=True)
     ]
 
@@ -254,7 +260,7 @@ def _(pools: tuple[Pool, ...], primals: Any, tangents: Any) -> tuple[list[Array]
     changes = jax.tree.map(change, roots, targets, droots, dtargets)
     per_leaf = _by_leaf(pools, list(zip(roots.entries(pools), changes.entries(pools), strict=True)))
     moved = [
-        (direction(_up(leaf, root.dtype), root) * by).astype(leaf.dtype)
+        times(direction(lift(leaf, root.dtype), root), by).astype(leaf.dtype)
         for leaf, (root, by) in zip(leaves, per_leaf, strict=True)
     ]
     straight = _rescale_linear(pools, dleaves, roots, targets)
@@ -262,7 +268,3 @@ def _(pools: tuple[Pool, ...], primals: Any, tangents: Any) -> tuple[list[Array]
 
 
 _rescale_jit = jax.jit(_rescale, static_argnums=0, inline=True)
-
-
-def _up(leaf: Array, dtype: Any) -> Array:
-    return leaf.astype(jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(leaf) else dtype)

@@ -9,3 +9,12 @@ import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """Within the test, JAX has 64-bit types."""
+    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    with enable(True):
+        yield

@@ -1,0 +1,158 @@
+"""What `rms` and `rms_normalize` mean: axes, masks, scales, dtypes. How exact they are is in test_accuracy.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rmsjax import rms, rms_normalize
+
+X = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+
+
+def expected_rms(x, axis=None, keepdims=False, where=True):
+    return np.sqrt(np.mean(np.square(np.abs(np.asarray(x, np.complex128))), axis, keepdims=keepdims, where=where))
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("axis", [None, 0, -1, (0, 2), [1, 2], (-1, 0), (0, 1, 2)])
+def test_axes(axis, keepdims):
+    got = rms(X, axis, keepdims=keepdims)
+    want = expected_rms(X, tuple(axis) if isinstance(axis, list) else axis, keepdims)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [3.0, -2, 1 + 1j, [3.0, 4.0], np.float32(2), np.arange(4)])
+def test_python_and_numpy_values(value):
+    np.testing.assert_allclose(rms(value), expected_rms(value), rtol=1e-6)
+
+
+def test_scalar_is_its_absolute_value():
+    assert rms(-3.5) == 3.5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "result"),
+    [
+        (jnp.int8, jnp.float32),
+        (jnp.int32, jnp.float32),
+        (jnp.float8_e4m3fn, jnp.float32),
+        (jnp.float16, jnp.float32),
+        (jnp.bfloat16, jnp.float32),
+        (jnp.float32, jnp.float32),
+        (jnp.complex64, jnp.float32),
+        (jnp.float64, jnp.float64),
+        (jnp.complex128, jnp.float64),
+        (jnp.int64, jnp.float32),
+    ],
+)
+def test_result_dtype(dtype, result, x64):
+    assert rms(jnp.asarray([3, 4]).astype(dtype)).dtype == result
+    if jnp.issubdtype(dtype, jnp.inexact):
+        assert rms_normalize(jnp.asarray([3, 4]).astype(dtype)).dtype == dtype
+        wide = jnp.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float64
+        assert rms_normalize(jnp.asarray([3, 4]).astype(dtype), dtype=wide).dtype == wide
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (5,), (4, 1), (1, 1, 5)])
+def test_where_counts_only_what_it_keeps(shape):
+    where = np.random.default_rng(1).random(shape) < 0.6
+    full = np.broadcast_to(where, X.shape)
+    np.testing.assert_allclose(rms(X, where=where), expected_rms(X, where=full), rtol=1e-6)
+    kept = full.any(-1)
+    got = rms(X, axis=-1, where=where)
+    np.testing.assert_allclose(got[kept], expected_rms(X[kept], -1, where=full[kept]), rtol=1e-6)
+    assert (got[~kept] == 0).all()
+
+
+@pytest.mark.parametrize("hidden", [np.nan, np.inf, 3e38])
+def test_masked_out_elements_touch_nothing(hidden):
+    where = np.array([True, False, True, True])
+    clean, dirty = np.array([1.0, 0.0, 2.0, 3.0], np.float32), np.array([1.0, hidden, 2.0, 3.0], np.float32)
+    for fn in (lambda x: rms(x, where=where), lambda x: rms_normalize(x, where=where).sum()):
+        np.testing.assert_array_equal(fn(dirty), fn(clean))
+        np.testing.assert_array_equal(jax.grad(fn)(dirty), jax.grad(fn)(clean))
+    assert rms_normalize(dirty, where=where)[1] == 0
+
+
+def test_nothing_left_is_zero():
+    none = np.zeros(4, bool)
+    x = jnp.array([1.0, jnp.nan, jnp.inf, 2.0])
+    for epsilon in (0.0, 1e-6):
+        np.testing.assert_array_equal(rms_normalize(x, epsilon=epsilon, where=none), np.zeros(4))
+    assert rms(x, where=none) == 0
+    np.testing.assert_array_equal(jax.grad(lambda x: rms(x, where=none))(x), np.zeros(4))
+
+
+def test_non_finite_values_stay_visible():
+    assert rms(jnp.array([jnp.inf, 1.0])) == jnp.inf
+    assert rms(jnp.array([-jnp.inf, 1.0])) == jnp.inf
+    assert jnp.isnan(rms(jnp.array([jnp.nan, 1.0])))
+    assert jnp.isnan(rms(jnp.array([jnp.nan, jnp.inf])))
+    rows = rms(jnp.array([[jnp.nan, 1.0], [3.0, 4.0], [jnp.inf, 1.0]]), axis=-1)
+    np.testing.assert_allclose(rows, [np.nan, np.sqrt(12.5), np.inf], rtol=1e-6)
+    assert jnp.isnan(rms_normalize(jnp.array([jnp.nan, 1.0]))).all()
+    assert not jnp.isfinite(rms_normalize(jnp.array([jnp.inf, 1.0]))).all()
+
+
+def expected_normalize(x, scale=1.0, axis=-1, epsilon=1e-6, offset=0.0):
+    x = np.asarray(x, np.float64)
+    return x / np.sqrt(np.mean(np.square(x), axis, keepdims=True) + epsilon) * (np.asarray(scale, np.float64) + offset)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6, 0.3, 1e20])
+@pytest.mark.parametrize("axis", [-1, 1, (0, 2), None])
+def test_normalize(axis, epsilon):
+    got = rms_normalize(X, axis=axis, epsilon=epsilon)
+    want = expected_normalize(X, axis=(0, 1, 2) if axis is None else axis, epsilon=epsilon)
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "broadcast"),
+    [
+        ((5,), -1, (1, 1, 5)),
+        ((4,), 1, (1, 4, 1)),
+        ((3, 5), (2, 0), (3, 1, 5)),  # in the order of the axes in x
+        ((3, 4, 5), None, (3, 4, 5)),
+        ((1, 4, 1), -1, (1, 4, 1)),
+        ((3, 1, 5), -1, (3, 1, 5)),
+    ],
+)
+def test_shapes_of_scale(shape, axis, broadcast):
+    scale = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    got = rms_normalize(X, scale, axis=axis, scale_offset=1.0)
+    want = expected_normalize(X, scale.reshape(broadcast), (0, 1, 2) if axis is None else axis, offset=1.0)
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7)
+
+
+def test_half_precision_rounds_once():
+    x = jnp.asarray(X, jnp.bfloat16)
+    scale = jnp.asarray(np.random.default_rng(3).normal(size=5), jnp.float32)
+    once = jnp.asarray(expected_normalize(x.astype(jnp.float32), scale), jnp.float32).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(rms_normalize(x, scale).astype(jnp.float32), once.astype(jnp.float32))
+
+
+def test_result_has_norm_one():
+    np.testing.assert_allclose(rms(rms_normalize(X * 1e25, epsilon=0), axis=-1), np.ones((3, 4)), rtol=1e-6)
+
+
+def test_backward_keeps_x_in_its_own_dtype_the_scale_and_a_number_a_row():
+    x, scale = jnp.ones((8, 16, 32), jnp.bfloat16), jnp.ones(32)
+    _, vjp = jax.vjp(lambda x, scale: rms_normalize(x, scale), x, scale)
+    kept = sorted((leaf.dtype.name, leaf.size) for leaf in jax.tree.leaves(vjp) if leaf.size > 1)
+    assert kept == [("bfloat16", 8 * 16 * 32), ("float32", 32), ("float32", 8 * 16)]
+
+
+def test_vmap_keeps_the_branch():
+    """Under vmap the rescaled reduction stays in a conditional: it does not run beside the naive one."""
+    text = jax.jit(jax.vmap(jax.vmap(rms))).lower(jnp.ones((4, 5, 6))).compile().as_text()
+    assert "conditional" in text
+
+
+def test_small_dtypes_pay_nothing_for_range_safety():
+    for dtype in (jnp.float16, jnp.float8_e4m3fn, jnp.int32):
+        text = jax.jit(rms).lower(jnp.ones(6, dtype)).compile().as_text()
+        assert "conditional" not in text
+    assert "conditional" in jax.jit(rms).lower(jnp.ones(6, jnp.bfloat16)).compile().as_text()

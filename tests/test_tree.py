@@ -1,0 +1,183 @@
+"""Scopes of a tree, and the containers that a tree may be made of."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+from rmsjax import rms, rms_by_path, tree_rms
+
+RNG = np.random.default_rng(0)
+W, B, S = (RNG.normal(size=shape).astype(np.float32) for shape in [(4, 6), (6,), (3, 4, 5)])
+TREE = {"dense": {"kernel": W, "bias": B}, "stack": S}
+
+
+def pooled(*leaves):
+    return np.sqrt(np.mean(np.concatenate([np.ravel(leaf) for leaf in leaves]).astype(np.float64) ** 2))
+
+
+def test_global_counts_every_element_once():
+    np.testing.assert_allclose(tree_rms(TREE), pooled(W, B, S), rtol=1e-6)
+    np.testing.assert_allclose(tree_rms(TREE), rms(np.concatenate([np.ravel(x) for x in (W, B, S)])), rtol=1e-6)
+
+
+def test_block_is_each_leaf_by_itself():
+    got = tree_rms(TREE, "block")
+    assert jax.tree.structure(got) == jax.tree.structure(TREE)
+    jax.tree.map(lambda g, leaf: np.testing.assert_allclose(g, pooled(leaf), rtol=1e-6), got, TREE)
+
+
+@pytest.mark.parametrize("axes", [0, -1, (0,), [0]])
+def test_axes_are_kept_as_size_one(axes):
+    got = tree_rms(TREE, axes)
+    jax.tree.map(
+        lambda g, leaf: np.testing.assert_allclose(
+            g, np.sqrt(np.mean(leaf**2, axes[0] if isinstance(axes, (list, tuple)) else axes, keepdims=True)), rtol=1e-6
+        ),
+        got,
+        TREE,
+    )
+
+
+def test_callable_sees_paths_and_mixes_scopes():
+    seen = []
+
+    def scope(path, leaf):
+        seen.append((path, leaf.shape))
+        if path == "stack":
+            return (1, 2)
+        return "dense" if path.startswith("dense/") else "block"
+
+    got = tree_rms(TREE, scope)
+    assert seen == [("dense/bias", (6,)), ("dense/kernel", (4, 6)), ("stack", (3, 4, 5))]
+    assert got["stack"].shape == (3, 1, 1)
+    np.testing.assert_allclose(got["dense"]["kernel"], pooled(W, B), rtol=1e-6)
+    np.testing.assert_allclose(got["dense"]["bias"], pooled(W, B), rtol=1e-6)
+    np.testing.assert_allclose(got["stack"][:, 0, 0], np.sqrt((S**2).mean((1, 2))), rtol=1e-6)
+
+
+def test_label_may_take_any_word_and_interleave():
+    leaves = [RNG.normal(size=n).astype(np.float32) for n in (3, 5, 7, 2)]
+    got = tree_rms(leaves, lambda path, leaf: "even" if int(path) % 2 == 0 else "global")
+    np.testing.assert_allclose(got[0], pooled(leaves[0], leaves[2]), rtol=1e-6)
+    np.testing.assert_allclose(got[3], pooled(leaves[1], leaves[3]), rtol=1e-6)
+
+
+def test_one_pool_out_of_range_leaves_the_others_alone():
+    tree = {"a": jnp.array([3e30, 4e30]), "b": jnp.array([3e-30, 4e-30]), "c": jnp.array([3.0, 4.0]), "d": jnp.zeros(2)}
+    got = tree_rms(tree, "block")
+    np.testing.assert_allclose([got["a"] / 1e30, got["b"] * 1e30, got["c"]], [np.sqrt(12.5)] * 3, rtol=1e-6)
+    assert got["d"] == 0
+    np.testing.assert_allclose(tree_rms(tree), 5e30 / np.sqrt(8), rtol=1e-6)
+
+
+def test_nan_stays_in_its_pool():
+    got = tree_rms({"a": jnp.array([jnp.nan, 1.0]), "b": jnp.ones(2)}, "block")
+    assert jnp.isnan(got["a"])
+    assert got["b"] == 1
+    assert jnp.isnan(tree_rms({"a": jnp.array([jnp.nan, 1.0]), "b": jnp.ones(2)}))
+
+
+@pytest.mark.parametrize("tree", [{}, [], None, {"a": None}, optax.MaskedNode()])
+def test_trees_without_leaves(tree):
+    assert tree_rms(tree) == 0
+    assert tree_rms(tree).dtype == jnp.float32
+    assert jax.tree.structure(tree_rms(tree, "block")) == jax.tree.structure(tree)
+    assert rms_by_path(tree) == {}
+
+
+def test_what_is_not_a_leaf_is_passed_over():
+    tree = {"a": W, "none": None, "masked": optax.MaskedNode(), "empty": jnp.zeros((0, 3))}
+    np.testing.assert_allclose(tree_rms(tree), pooled(W), rtol=1e-6)
+    got = tree_rms(tree, "block")
+    assert got["none"] is None
+    assert got["masked"] == optax.MaskedNode()
+    assert got["empty"] == 0
+    assert jax.grad(lambda e: tree_rms({"a": W, "e": e}))(jnp.zeros((0, 3))).shape == (0, 3)
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Record:
+    weight: object
+    value: object
+
+
+def frozen():
+    return flax.core.FrozenDict({"dense": {"kernel": W, "bias": B}})
+
+
+class Block(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+        self.linear.kernel[...] = jnp.asarray(W)
+        self.linear.bias[...] = jnp.asarray(B)
+
+
+@pytest.mark.parametrize(
+    ("tree", "paths"),
+    [
+        (Pair(B, W), ["first", "second"]),
+        (Record(B, W), ["weight", "value"]),
+        ([B, (W,)], ["0", "1/0"]),
+        (frozen(), ["dense/bias", "dense/kernel"]),
+        (nnx.state(Block(), nnx.Param), ["linear/bias", "linear/kernel"]),
+        (nnx.to_pure_dict(nnx.state(Block(), nnx.Param)), ["linear/bias", "linear/kernel"]),
+    ],
+    ids=["namedtuple", "dataclass", "sequence", "FrozenDict", "nnx.State", "pure dict"],
+)
+def test_containers(tree, paths):
+    got = rms_by_path(tree)
+    assert list(got) == paths
+    np.testing.assert_allclose(list(got.values()), [pooled(B), pooled(W)], rtol=1e-6)
+    np.testing.assert_allclose(tree_rms(tree), pooled(W, B), rtol=1e-6)
+    assert jax.tree.structure(tree_rms(tree, "block")) == jax.tree.structure(tree)
+    assert list(rms_by_path(tree, sep=".")) == [path.replace("/", ".") for path in paths]
+
+
+def test_linen_variables():
+    variables = linen.Dense(6).init(jax.random.key(0), jnp.ones((1, 4)))
+    assert list(rms_by_path(variables["params"])) == ["bias", "kernel"]
+
+
+def test_by_path_loses_no_leaf():
+    with pytest.raises(ValueError, match=r"rms_by_path: several leaves have the path 'a/b'.*another sep than '/'"):
+        rms_by_path({"a/b": W, "a": {"b": B}})
+    assert len(rms_by_path({"a/b": W, "a": {"b": B}}, sep=".")) == 2
+
+
+def test_by_path_takes_a_scope_and_works_under_jit():
+    got = jax.jit(lambda t: rms_by_path(t, scope=0))(TREE)
+    assert {k: v.shape for k, v in got.items()} == {"dense/bias": (1,), "dense/kernel": (1, 6), "stack": (1, 4, 5)}
+
+
+def test_wide_leaves_widen_only_their_own_pool(x64):
+    tree = {"wide": jnp.array([1e200, 1e200], jnp.float64), "narrow": jnp.ones(2, jnp.float32)}
+    got = tree_rms(tree, "block")
+    assert got["wide"].dtype == jnp.float64
+    assert got["narrow"].dtype == jnp.float32
+    np.testing.assert_allclose(got["wide"], 1e200, rtol=1e-15)
+    np.testing.assert_allclose(tree_rms(tree), np.sqrt(0.5) * 1e200, rtol=1e-15)
+
+
+def test_many_leaves_of_all_sizes_and_dtypes():
+    """Small leaves are joined before they are reduced; nothing is lost or counted twice in any group."""
+    shapes = [(n,) for n in range(1, 200)] + [(64,)] * 150 + [(5000,), (70, 80), ()]
+    dtypes = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64, jnp.int32]
+    leaves = [jnp.asarray(RNG.normal(size=shape) * 3).astype(dtypes[i % len(dtypes)]) for i, shape in enumerate(shapes)]
+    wide = [np.abs(np.asarray(leaf.astype(jnp.complex64))).astype(np.float64) for leaf in leaves]
+    assert leaves[-1].shape == ()
+    np.testing.assert_allclose(jax.jit(tree_rms)(leaves), pooled(*wide), rtol=1e-6)
+    got = jax.jit(lambda t: tree_rms(t, "block"))(leaves)
+    np.testing.assert_allclose(got, [pooled(leaf) for leaf in wide], rtol=1e-6)
