@@ -21,8 +21,8 @@ from rmsjax._reduce import (
     Pool,
     accumulator_dtype,
     cpu_barrier,
-    direction,
-    divide,
+    direction4,
+    divide4,
     lift,
     mean_product,
     times,
@@ -253,16 +253,14 @@ def _lift(spec: _Spec, x: Array) -> Array:
     return lift(x, accumulator_dtype(x.dtype, spec.dtype))
 
 
-def _times_gain(spec: _Spec, y: Array, scale: Array | None) -> Array:
-    if scale is not None:
-        gain = scale.astype(y.real.dtype)
-        y = times(y, gain + spec.scale_offset if spec.scale_offset else gain)
-    return y.astype(spec.dtype)
+def _times_quarter_gain(spec: _Spec, y: Array, scale: Array | None) -> Array:
+    gain = jnp.ones((), y.real.dtype) if scale is None else scale.astype(y.real.dtype) + spec.scale_offset
+    return times(y, cpu_barrier(gain / 4)).astype(spec.dtype)
 
 
 def _divide(spec: _Spec, x: Array, scale: Array | None, root: Array) -> Array:
     x, root, scale = cpu_barrier((x, root, scale))  # split off from the statistics
-    return _times_gain(spec, direction(_lift(spec, x), root), scale)
+    return _times_quarter_gain(spec, direction4(_lift(spec, x), root), scale)
 
 
 @_keeps_its_arguments
@@ -272,13 +270,14 @@ def _along_x(
     """dy = (dx/rho - x/rho * mean(Re(conj(x/rho) dx))/rho) * gain."""
     x, root, scale = cpu_barrier((x, root, scale))
     count = plan.sizes.rows[0] if counts is None else counts.rows[0]
-    mean = mean_product(x, root, dx, spec.axes, plan.mapped[0], count)
-    dy = divide(_lift(spec, dx), root) - times(direction(_lift(spec, x), root), divide(mean, root))
-    return _times_gain(spec, dy, scale)
+    # A quarter of the mean, for divide4 to give mean/rho: with a division after it XLA:CPU stores x/rho in full.
+    quarter = mean_product(x, root, dx, spec.axes, plan.mapped[0], 4 * count)
+    dy = divide4(_lift(spec, dx), root) - times(direction4(_lift(spec, x), root), divide4(quarter, root))
+    return _times_quarter_gain(spec, dy, scale)
 
 
 @_keeps_its_arguments
 def _along_scale(spec: _Spec, plan: Plan, x: Array, root: Array, dscale: Array) -> Array:
     """dy = x/rho * dscale. The last barrier is for the way back, where it keeps the cotangent from being shared."""
     x, root = cpu_barrier((x, root))
-    return cpu_barrier(times(direction(_lift(spec, x), root), dscale).astype(spec.dtype))
+    return cpu_barrier(times(direction4(_lift(spec, x), root), dscale / 4).astype(spec.dtype))

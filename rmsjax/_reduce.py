@@ -105,22 +105,28 @@ def split_ratio(numerator: Array | float, denominator: Array) -> tuple[Array, Ar
     return a, jnp.where(nonzero, numerator / (safe * a), 0)
 
 
-def divide(x: Array, root: Array) -> Array:
-    """x/root without a division for each element, and 0 where root is 0; linear in x."""
-    return times(x, *cpu_barrier(split_ratio(1.0, root)))  # the ratio once a row, not again for each element
+def divide4(x: Array, root: Array) -> Array:
+    """4 x/root without a division for each element, and 0 where root is 0; linear in x.
+
+    Why 4: 1/root is subnormal for a root near the top of the range, hence flushed to 0. 4/root never is, and overflows
+    for the smallest normal number alone, where the largest number is as good. Whoever calls divides by 4 what is small.
+    """
+    largest = float(jnp.finfo(root.dtype).max)
+    four_over_root = jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest))
+    return times(x, cpu_barrier(four_over_root))  # computed once a row, not again for each element
 
 
 @jax.custom_jvp
-def direction(x: Array, root: Array) -> Array:
-    """`divide`, with a derivative that multiplies in an order that neither overflows nor underflows on the way."""
-    return divide(x, root)
+def direction4(x: Array, root: Array) -> Array:
+    """`divide4`, with a derivative that multiplies in an order that neither overflows nor underflows on the way."""
+    return divide4(x, root)
 
 
-@direction.defjvp
+@direction4.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, root), (dx, droot) = primals, tangents
-    y = direction(x, root)
-    return y, divide(dx, root) - times(y, divide(droot, root))
+    y = direction4(x, root)
+    return y, divide4(dx, root) - times(y, divide4(droot, root) / 4)
 
 
 class _Window(NamedTuple):
@@ -349,8 +355,8 @@ def make_plan(
 def mean_product(x: Array, root: Array, t: Array, axes: tuple[int, ...], mapped: Mapped, count: Any) -> Array:
     """mean(Re(conj(x/root) * t)) over axes, kept with size 1; linear in t."""
     pairs = zip(real_parts(x, root.dtype), real_parts(t, root.dtype), strict=True)
-    products = [direction(part, root) * tangent for part, tangent in pairs]
-    return mapped.psum(jnp.sum(reduce(jnp.add, products), axes, keepdims=True)) / jnp.maximum(count, 1)
+    products = [direction4(part, root) * tangent for part, tangent in pairs]
+    return mapped.psum(jnp.sum(reduce(jnp.add, products), axes, keepdims=True)) / (4 * jnp.maximum(count, 1))
 
 
 def _sizes(plan: Plan) -> PerPool:

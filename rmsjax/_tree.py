@@ -18,7 +18,7 @@ from jax import Array
 
 from rmsjax import _reduce
 from rmsjax._checks import as_axes, as_mapped, as_numeric
-from rmsjax._reduce import Mapped, PerPool, Pool, accumulator_dtype, direction, lift, split_ratio, times
+from rmsjax._reduce import Mapped, PerPool, Pool, accumulator_dtype, direction4, lift, split_ratio, times
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
@@ -249,18 +249,18 @@ def _rescale_linear(pools: tuple[Pool, ...], leaves: Sequence[Array], roots: Per
 
 @_rescale.defjvp
 def _(pools: tuple[Pool, ...], primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
-    """d(x t/r) = dx t/r + x/r (dt - dr t/r), multiplied in an order that stays in range."""
+    """d(x t/r) = dx t/r + 4x/r (dt - dr t/r)/4, multiplied in an order that stays in range."""
     leaves, roots, targets = primals
     dleaves, droots, dtargets = tangents
 
     def change(root: Array, target: Array, droot: Array, dtarget: Array) -> Array:
         a, b = split_ratio(target, root)
-        return dtarget - droot * a * b
+        return (dtarget - droot * a * b) / 4
 
     changes = jax.tree.map(change, roots, targets, droots, dtargets)
     per_leaf = _by_leaf(pools, list(zip(roots.entries(pools), changes.entries(pools), strict=True)))
     moved = [
-        times(direction(lift(leaf, root.dtype), root), by).astype(leaf.dtype)
+        times(direction4(lift(leaf, root.dtype), root), by).astype(leaf.dtype)
         for leaf, (root, by) in zip(leaves, per_leaf, strict=True)
     ]
     straight = _rescale_linear(pools, dleaves, roots, targets)
