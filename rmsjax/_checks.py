@@ -65,7 +65,11 @@ def as_mapped(function: str, axis_name: str | Sequence[str] | None, groups: Any 
                 f"{function}: axis_name {name!r} is not bound; it must name an axis of a surrounding shard_map, pmap "
                 "or vmap(axis_name=...). Under plain jit leave it out: sharded arrays need no axis name."
             ) from None
-    return Mapped(names, None if groups is None else tuple(tuple(group) for group in groups))
+    if groups is None:
+        return Mapped(names)
+    if len({len(group) for group in groups}) != 1:
+        raise ValueError(f"{function}: axis_index_groups must be of equal size, got {groups}")
+    return Mapped(names, tuple(tuple(group) for group in groups))
 
 
 def as_mask(function: str, where: Any, shape: tuple[int, ...]) -> Array | None:

@@ -2,37 +2,153 @@
 
 All take the `scope` and `axis_name` of `rmsjax.tree_rms`, keep the dtype and structure of the updates, and have a state
 whose structure and dtypes are those of `init` at every step, so they run inside `lax.scan`, `optax.MultiSteps` and
-`optax.apply_if_finite`.
+`optax.apply_if_finite`. A field `rms` is the norm of the newest updates that came in; where several states of a chain
+have one, name them with `optax.named_chain`, or let `rmsjax.rms_report` list them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 from rmsjax._checks import as_mapped, as_threshold
-from rmsjax._reduce import UNMAPPED
-from rmsjax._tree import Scope, group, measure, rescale
+from rmsjax._reduce import UNMAPPED, PerPool, accumulator_dtype, lift, times
+from rmsjax._tree import Grouping, Scope, group, leaf_paths, measure, rescale
 
 if TYPE_CHECKING:
+    from jax.typing import DTypeLike
     from jaxtyping import PyTree
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+def _share_clipped(state: Any) -> PyTree:
+    """The share of updates that were clipped, from 0 to 1, for each norm."""
+    return jax.tree.map(lambda n: n / jnp.maximum(state.num_updates, 1), state.num_clipped)
 
 
 class ClipByRMSState(NamedTuple):
     """What `clip_by_rms` has seen.
 
     `rms`: the norm of the newest updates before the clip, as `tree_rms(updates, scope)` gives it. `num_updates`: how
-    many updates were seen. `num_clipped`: how many of them were clipped, for each norm in `rms`.
+    many updates were seen. `num_clipped`: how many of them were clipped, for each norm in `rms`. `share_clipped`: the
+    quotient of these two.
     """
 
     rms: Any
     num_updates: Array
     num_clipped: Any
+
+    share_clipped = property(_share_clipped)
+
+
+class ClipByRelativeRMSState(NamedTuple):
+    """What `clip_by_relative_rms` has seen: as in `ClipByRMSState`, and `param_rms`, the norm of the parameters."""
+
+    rms: Any
+    param_rms: Any
+    num_updates: Array
+    num_clipped: Any
+
+    share_clipped = property(_share_clipped)
+
+
+class NormalizeByRMSState(NamedTuple):
+    """The norm of the newest updates before `normalize_by_rms`, as `tree_rms(updates, scope)` gives it."""
+
+    rms: Any
+
+
+class RecordRMSState(NamedTuple):
+    """What `record_rms` has seen.
+
+    `rms`: the norm of the newest updates, as `tree_rms(updates, scope)` gives it. `ema_rms`: its moving average, None
+    without `ema_decay`. `num_updates`: how many updates were seen.
+    """
+
+    rms: Any
+    ema_rms: Any
+    num_updates: Array
+
+
+class ScaleByStableAdamState(NamedTuple):
+    """What `scale_by_stable_adam` has seen.
+
+    `grad_mean` and `grad_rms`: for each element, the debiased moving average of the gradient, and the root of that of
+    its square (Adam's mu and the root of its nu). `ratio_rms`: the norm of the newest gradient over `grad_rms`, by which
+    the step was divided where it was above 1. `num_updates`, `num_clipped`, `share_clipped`: as in `ClipByRMSState`.
+    """
+
+    grad_mean: Any
+    grad_rms: Any
+    ratio_rms: Any
+    num_updates: Array
+    num_clipped: Any
+
+    share_clipped = property(_share_clipped)
+
+
+def _zeros(function: str, params: PyTree, scope: Scope) -> PyTree:
+    """Zeros for a state: of the shapes and dtypes that `tree_rms(params, scope)` has."""
+    grouping = group(function, params, scope, kind=jnp.inexact)
+    shapes = jax.eval_shape(
+        lambda leaves: grouping._replace(leaves=leaves).tree(measure(grouping._replace(leaves=leaves), UNMAPPED)),
+        grouping.leaves,
+    )
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _unboxed(shapes))
+
+
+def _no_updates() -> Array:
+    return jnp.zeros((), jnp.int32)
+
+
+def _none_clipped(norms: PyTree) -> PyTree:
+    return jax.tree.map(lambda r: jnp.zeros(r.shape, jnp.int32), norms)
+
+
+def _next(num_updates: Array) -> Array:
+    return jnp.asarray(optax.safe_increment(num_updates))
+
+
+def _kept(function: str, old: PyTree, grouping: Grouping, norms: PerPool) -> PyTree:
+    """Norms as a state holds them: in the structure and the dtypes that they had at init."""
+    new = _unboxed(grouping.tree(norms))
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"{function}: updates must have the structure of the params that init was given: the state is for "
+            f"{jax.tree.structure(old)}, the updates have {jax.tree.structure(new)}"
+        )
+    return jax.tree.map(lambda o, n: n.astype(o.dtype), old, new)
+
+
+def _added(function: str, old: PyTree, grouping: Grouping, clipped: PerPool) -> PyTree:
+    return jax.tree.map(jnp.add, old, _kept(function, old, grouping, clipped))
+
+
+def _unboxed(tree: PyTree) -> PyTree:
+    """The tree without Flax's boxes, whose metadata say how a parameter is sharded: its norm has not these axes."""
+    modules = (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata"))
+    boxes = tuple(getattr(sys.modules[module], name) for module, name in modules if module in sys.modules)
+
+    def unbox(node: Any) -> Any:
+        if not isinstance(node, boxes):
+            return node
+        inside = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+        return _unboxed(inside[0]) if len(inside) == 1 else node
+
+    return jax.tree.map(unbox, tree, is_leaf=lambda node: isinstance(node, boxes))
+
+
+# ------------------------------------------------------------------------------------------------------------ clipping
 
 
 def clip_by_rms(
@@ -56,7 +172,8 @@ def clip_by_rms(
 
     Raises:
         TypeError: max_rms is not a number; at init or update, a leaf is not floating.
-        ValueError: max_rms is negative or NaN; at init or update, what `tree_rms` raises for the scope.
+        ValueError: max_rms is negative or NaN; at init or update, what `tree_rms` raises for the scope; at update, the
+            updates have another structure than the params at init.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
@@ -69,37 +186,439 @@ def clip_by_rms(
     Source: Pascanu, Mikolov, Bengio (arXiv 1211.5063), section 3.2, with the RMS norm; Shazeer and Stern
     (arXiv 1804.04235), section 6, for scope "block".
     """
-    max_rms = as_threshold("clip_by_rms", "max_rms", max_rms)
+    name = "clip_by_rms"
+    max_rms = as_threshold(name, "max_rms", max_rms)
 
     def init_fn(params: PyTree) -> ClipByRMSState:
-        zeros = _zeros("clip_by_rms", params, scope)
-        return ClipByRMSState(zeros, jnp.zeros((), jnp.int32), jax.tree.map(lambda r: r.astype(jnp.int32), zeros))
+        zeros = _zeros(name, params, scope)
+        return ClipByRMSState(zeros, _no_updates(), _none_clipped(zeros))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByRMSState]:
         del params
-        grouping = group("clip_by_rms", updates, scope, kind=jnp.inexact)
-        norms = measure(grouping, as_mapped("clip_by_rms", axis_name))
-        clipped = rescale(grouping, norms, jax.tree.map(lambda r: jnp.minimum(r, jnp.asarray(max_rms, r.dtype)), norms))
-        above = jax.tree.map(lambda r: r > jnp.asarray(max_rms, r.dtype), norms)
-        return clipped, ClipByRMSState(
-            _like(state.rms, grouping.tree(norms)),
-            jnp.asarray(optax.safe_increment(state.num_updates)),
-            jax.tree.map(lambda n, over: n + over.astype(n.dtype), state.num_clipped, grouping.tree(above)),
+        grouping = group(name, updates, scope, kind=jnp.inexact)
+        norms = measure(grouping, as_mapped(name, axis_name))
+        updates, clipped = _clip(grouping, norms, jax.tree.map(lambda r: jnp.asarray(max_rms, r.dtype), norms))
+        return updates, ClipByRMSState(
+            rms=_kept(name, state.rms, grouping, norms),
+            num_updates=_next(state.num_updates),
+            num_clipped=_added(name, state.num_clipped, grouping, clipped),
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _zeros(function: str, params: PyTree, scope: Scope) -> PyTree:
-    """Zeros of the shapes and dtypes that `tree_rms(params, scope)` has."""
-    grouping = group(function, params, scope, kind=jnp.inexact)
-    shapes = jax.eval_shape(
-        lambda leaves: grouping._replace(leaves=leaves).tree(measure(grouping._replace(leaves=leaves), UNMAPPED)),
-        grouping.leaves,
+def _clip(grouping: Grouping, norms: PerPool, bounds: PerPool) -> tuple[PyTree, PerPool]:
+    """(updates, clipped): the updates scaled down to the bounds of their pools, and where that changed them."""
+    return rescale(grouping, norms, jax.tree.map(jnp.minimum, norms, bounds)), jax.tree.map(jnp.greater, norms, bounds)
+
+
+def clip_by_relative_rms(
+    max_ratio: float | Array,
+    scope: Scope = "block",
+    *,
+    min_rms: float | Array = 1e-3,
+    axis_name: str | Sequence[str] | None = None,
+) -> optax.GradientTransformation:
+    r"""Scale updates down to at most max_ratio times the RMS norm of what they update.
+
+    Then $\|u\|_{RMS} \le \text{max\_ratio} \cdot \max(\|w\|_{RMS}, \text{min\_rms})$ for the parameters w of each
+    pool. No step changes a tensor by more than that share of its size, whatever the width. After the optimizer's own
+    scaling and the learning rate it bounds the step itself; before them, it is adaptive gradient clipping.
+
+    Args:
+        max_ratio: the bound, at least 0, without unit; a traced value (`optax.inject_hyperparams`) may do.
+        scope: what shares a norm and a factor, see `rmsjax.Scope`; the parameters are pooled as the updates are.
+        min_rms: what counts as the size of smaller parameters, at least 0, so that those that start at zero can move.
+        axis_name: under `shard_map` or `pmap`, the mapped axes that updates and parameters are split over, see
+            `rmsjax.tree_rms`.
+
+    Returns:
+        A transformation with state `ClipByRelativeRMSState`; its update needs `params`.
+
+    Raises:
+        TypeError: max_ratio or min_rms is not a number; at init or update, a leaf is not floating.
+        ValueError: max_ratio or min_rms is negative or NaN; at update, params are missing or do not fit the updates;
+            and what `clip_by_rms` raises.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, rmsjax
+        >>> tx = optax.chain(optax.scale(-1.0), rmsjax.clip_by_relative_rms(0.1))
+        >>> params = {"w": jnp.full(4, 2.0), "b": jnp.zeros(2)}
+        >>> updates, state = tx.update({"w": jnp.ones(4), "b": jnp.ones(2)}, tx.init(params), params)
+        >>> print(updates["w"], updates["b"])
+        [-0.2 -0.2 -0.2 -0.2] [-0.0001 -0.0001]
+
+    Source: adaptive gradient clipping, Brock et al. (arXiv 2102.06171), section 4.1, with RMS norms, which makes the
+    ratio one of typical elements; the floor is epsilon_2 of Shazeer and Stern (arXiv 1804.04235), section 8.
+    """
+    name = "clip_by_relative_rms"
+    max_ratio = as_threshold(name, "max_ratio", max_ratio)
+    min_rms = as_threshold(name, "min_rms", min_rms)
+
+    def init_fn(params: PyTree) -> ClipByRelativeRMSState:
+        zeros = _zeros(name, params, scope)
+        return ClipByRelativeRMSState(zeros, zeros, _no_updates(), _none_clipped(zeros))
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByRelativeRMSState]:
+        grouping = group(name, updates, scope, kind=jnp.inexact)
+        mapped = as_mapped(name, axis_name)
+        norms = measure(grouping, mapped)
+        sizes = measure(_params_grouped_alike(name, grouping, updates, params), mapped)
+        bounds = jax.tree.map(
+            lambda r, size: (
+                jnp.asarray(max_ratio, r.dtype) * jnp.maximum(size.astype(r.dtype), jnp.asarray(min_rms, r.dtype))
+            ),
+            norms,
+            sizes,
+        )
+        updates, clipped = _clip(grouping, norms, bounds)
+        return updates, ClipByRelativeRMSState(
+            rms=_kept(name, state.rms, grouping, norms),
+            param_rms=_kept(name, state.param_rms, grouping, sizes),
+            num_updates=_next(state.num_updates),
+            num_clipped=_added(name, state.num_clipped, grouping, clipped),
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _required(function: str, params: PyTree | None) -> PyTree:
+    if params is None:
+        raise ValueError(f"{function}: update needs the parameters: call tx.update(updates, state, params)")
+    return params
+
+
+def _params_grouped_alike(function: str, grouping: Grouping, updates: PyTree, params: PyTree | None) -> Grouping:
+    """The parameters in the pools of the updates, even if a scope would choose otherwise by their dtype."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(_required(function, params))]
+    ours = zip(leaf_paths(updates), [leaf.shape for leaf in grouping.leaves], strict=True)
+    theirs = zip(leaf_paths(params), [leaf.shape for leaf in leaves], strict=True)
+    for update, param in itertools.zip_longest(ours, theirs):
+        if update is None or param is None or update[1] != param[1]:
+            expected, got = (
+                "nothing" if leaf is None else f"{leaf[0]!r} of shape {leaf[1]}" for leaf in (update, param)
+            )
+            raise ValueError(f"{function}: params must have the leaves of the updates: expected {expected}, got {got}")
+    return grouping._replace(leaves=leaves)
+
+
+# --------------------------------------------------------------------------------------------------------- normalizing
+
+
+def normalize_by_rms(
+    target: float | Array = 1.0,
+    scope: Scope = "block",
+    *,
+    epsilon: float | Array = 0.0,
+    axis_name: str | Sequence[str] | None = None,
+) -> optax.GradientTransformation:
+    r"""Scale updates to an RMS norm of target: $u \cdot \text{target} / \sqrt{\|u\|_{RMS}^2 + \epsilon}$.
+
+    Steps then have the same size per element in every tensor and at every width. A zero update stays zero, and a
+    non-finite one does not become finite. After an optimizer whose updates are orthogonal matrices, target=0.2 gives
+    them the scale that AdamW's usually have, so that learning rate and weight decay carry over.
+
+    Args:
+        target: the norm of the result, at least 0; a traced value (`optax.inject_hyperparams`) may do.
+        scope: what shares a norm and a factor, see `rmsjax.Scope`.
+        epsilon: what is added to the mean square, inside the root, as in `rms_normalize`; at least 0. Updates well
+            below its root are not blown up to the target.
+        axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
+
+    Returns:
+        A transformation with state `NormalizeByRMSState`, the norm before.
+
+    Raises:
+        TypeError: target or epsilon is not a number; at init or update, a leaf is not floating.
+        ValueError: target or epsilon is negative or NaN; and what `clip_by_rms` raises.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, rmsjax
+        >>> matrices = lambda params: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
+        >>> tx = optax.chain(
+        ...     optax.contrib.scale_by_muon(weight_dimension_numbers=matrices),
+        ...     rmsjax.normalize_by_rms(0.2),
+        ...     optax.add_decayed_weights(0.1),
+        ...     optax.scale_by_learning_rate(1e-3),
+        ... )
+        >>> params = {"w": jnp.zeros((4, 64))}
+        >>> grads = {"w": jax.random.normal(jax.random.key(0), (4, 64))}
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> print(f"{rmsjax.rms(updates['w']):.4g}")
+        0.0002
+
+    Source: Liu et al., Muon is Scalable for LLM Training (arXiv 2502.16982), section 2.2, for the target 0.2.
+    """
+    name = "normalize_by_rms"
+    target = as_threshold(name, "target", target)
+    epsilon = as_threshold(name, "epsilon", epsilon)
+
+    def init_fn(params: PyTree) -> NormalizeByRMSState:
+        return NormalizeByRMSState(_zeros(name, params, scope))
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, NormalizeByRMSState]:
+        del params
+        grouping = group(name, updates, scope, kind=jnp.inexact)
+        norms = measure(grouping, as_mapped(name, axis_name))
+        roots = jax.tree.map(lambda r: jnp.hypot(r, jnp.sqrt(jnp.asarray(epsilon, r.dtype))), norms)
+        updates = rescale(grouping, roots, jax.tree.map(lambda r: jnp.full_like(r, target), norms))
+        return updates, NormalizeByRMSState(_kept(name, state.rms, grouping, norms))
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+# ----------------------------------------------------------------------------------------------------------- recording
+
+
+def record_rms(
+    scope: Scope = "block",
+    *,
+    ema_decay: float | Array | None = None,
+    axis_name: str | Sequence[str] | None = None,
+) -> optax.GradientTransformation:
+    r"""Pass updates through and keep their RMS norm $\|u\|_{RMS}$ in the state.
+
+    One before and one after a transformation show what it did. The moving average counts from the first update
+    without a bias towards zero.
+
+    Args:
+        scope: what shares a norm, see `rmsjax.Scope`.
+        ema_decay: also keep the exponential moving average of the norm with this decay, in [0, 1).
+        axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
+
+    Returns:
+        A transformation with state `RecordRMSState`.
+
+    Raises:
+        TypeError: ema_decay is not a number; at init or update, a leaf is not floating.
+        ValueError: ema_decay is not in [0, 1); and what `clip_by_rms` raises.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, rmsjax
+        >>> tx = optax.named_chain(
+        ...     ("before", rmsjax.record_rms()), ("sign", optax.scale_by_sign()), ("after", rmsjax.record_rms())
+        ... )
+        >>> params = {"w": jnp.zeros(3)}
+        >>> _, state = tx.update({"w": jnp.array([4.0, -4.0, 4.0])}, tx.init(params))
+        >>> print(state["before"].rms["w"], state["after"].rms["w"])
+        4.0 1.0
+    """
+    name = "record_rms"
+    if ema_decay is not None:
+        ema_decay = _as_decay(name, "ema_decay", ema_decay)
+
+    def init_fn(params: PyTree) -> RecordRMSState:
+        zeros = _zeros(name, params, scope)
+        return RecordRMSState(zeros, None if ema_decay is None else zeros, _no_updates())
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, RecordRMSState]:
+        del params
+        grouping = group(name, updates, scope, kind=jnp.inexact)
+        norms = _kept(name, state.rms, grouping, measure(grouping, as_mapped(name, axis_name)))
+        step, average = _next(state.num_updates), None
+        if ema_decay is not None:
+            average = jax.tree.map(lambda a, r: _averaged(a, r, ema_decay, step), state.ema_rms, norms)
+        return updates, RecordRMSState(norms, average, step)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _as_decay(function: str, argument: str, value: Any) -> Any:
+    """The decay of a moving average: a number in [0, 1); a traced one is taken as it is."""
+    value = as_threshold(function, argument, value)
+    if not isinstance(value, jax.core.Tracer) and not value < 1:
+        raise ValueError(f"{function}: {argument} must be below 1, got {value}")
+    return value
+
+
+def _newest_weight(decay: Any, step: Array, dtype: Any) -> Array:
+    """How much the newest of `step` values counts in their debiased moving average: (1-decay)/(1-decay^step)."""
+    newest = jnp.asarray(1 - decay, dtype)  # subtracted first: 0.999 rounded to float32 is off by 1e-5 of 1 - 0.999
+    weight = newest / -jnp.expm1(step.astype(dtype) * jnp.log1p(-newest))
+    return jnp.where(step > 1, weight, 1)  # exactly
+
+
+def _averaged(average: Array, value: Array, decay: Any, step: Array) -> Array:
+    """The debiased moving average with one more value, in the dtype of the value."""
+    weight = _newest_weight(decay, step, value.real.dtype)
+    return times(average.astype(value.dtype), 1 - weight) + times(value, weight)
+
+
+# --------------------------------------------------------------------------------------------------------- stable adam
+
+
+def scale_by_stable_adam(
+    b1: float | Array = 0.9,
+    b2: float | Array = 0.99,
+    eps: float | Array = 1e-6,
+    *,
+    weight_decay: float | Array = 0.0,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    mu_dtype: DTypeLike | None = None,
+    scope: Scope = "block",
+    axis_name: str | Sequence[str] | None = None,
+) -> optax.GradientTransformation:
+    r"""Adam with update clipping: $\left(\frac{m}{\sqrt v + \epsilon} + \lambda w\right) / \max(1, \text{RMS}_t)$.
+
+    m and v are Adam's debiased moving averages of the gradient g and its square, and
+    $\text{RMS}_t = \|g / \sqrt{\max(v, \epsilon^2)}\|_{RMS}$ says how far the newest gradients outgrow the average that
+    Adam divides them by. Where v is out of date, the step is shortened instead of spoilt.
+
+    The root of v is kept instead of v, so no square overflows or underflows: right for every finite gradient, where
+    v in float16 knows nothing below 2e-4 or above 256. Both averages are in float32 (float64 for float64) unless
+    mu_dtype says otherwise. Where 0 would be divided by 0 the step is 0, so eps=0 is legal.
+
+    Args:
+        b1: the decay of the average of the gradient, in [0, 1).
+        b2: the decay of the average of its square, in [0, 1). Numbers may be traced (`optax.inject_hyperparams`); with
+            bfloat16 params pass hyperparam_dtype=jnp.float32 there, since 0.999 is 1 in bfloat16.
+        eps: added to the root of v, and the least root in RMS_t; at least 0.
+        weight_decay: the share $\lambda$ of the parameters w that is added before the clip, so that decay slows with
+            the step, as in the paper. `optax.add_decayed_weights` after this transformation decays at full speed.
+        mask: where to decay, as in `optax.adamw`: a tree of booleans, a prefix of one, or a function of the params.
+        mu_dtype: the dtype to keep the average of the gradient in.
+        scope: what shares an RMS_t, see `rmsjax.Scope`. The default is that of the paper; for a leaf of stacked layers
+            name the axes of a layer.
+        axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
+
+    Returns:
+        A transformation with state `ScaleByStableAdamState`.
+
+    Raises:
+        TypeError: a number is none; at init or update, a leaf is not floating.
+        ValueError: a decay is not in [0, 1), eps or weight_decay is negative or NaN; at update, params are missing and
+            weight_decay is not 0; and what `clip_by_rms` raises.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, rmsjax
+        >>> tx = rmsjax.scale_by_stable_adam()
+        >>> params = {"w": jnp.zeros(2)}
+        >>> state = tx.init(params)
+        >>> for grad in [1.0, 1.0, 1e4]:
+        ...     updates, state = tx.update({"w": jnp.full(2, grad)}, state)
+        ...     print(f"{updates['w'][0]:.3f} {state.ratio_rms['w']:.3f} {state.share_clipped['w']:.2f}")
+        1.000 1.000 0.00
+        1.000 1.000 0.00
+        0.369 1.723 0.33
+
+    Source: Wortsman et al., Stable and low-precision training for large-scale vision-language models
+    (arXiv 2304.13013), Algorithm 2 (StableAdamW).
+    """
+    name = "scale_by_stable_adam"
+    b1, b2 = _as_decay(name, "b1", b1), _as_decay(name, "b2", b2)
+    eps = as_threshold(name, "eps", eps)
+    weight_decay = as_threshold(name, "weight_decay", weight_decay)
+    decays = isinstance(weight_decay, jax.core.Tracer) or weight_decay != 0
+
+    def init_fn(params: PyTree) -> ScaleByStableAdamState:
+        norms = _zeros(name, params, scope)
+        lifted = jax.tree.map(lambda p: jax.eval_shape(_lifted, p), params)
+        return ScaleByStableAdamState(
+            grad_mean=jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=mu_dtype or s.dtype), params, lifted),
+            grad_rms=jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=jnp.finfo(s.dtype).dtype), params, lifted),
+            ratio_rms=norms,
+            num_updates=_no_updates(),
+            num_clipped=_none_clipped(norms),
+        )
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ScaleByStableAdamState]:
+        grouping = group(name, updates, scope, kind=jnp.inexact)
+        count = _next(state.num_updates)
+        grads = jax.tree.map(_lifted, updates)
+        mean = jax.tree.map(lambda m, g: _averaged(m, g, b1, count), state.grad_mean, grads)
+        root = jax.tree.map(lambda r, g: _root_averaged(r, g, b2, count), state.grad_rms, grads)
+        ratio = jax.tree.map(lambda g, r: _quotient(g, jnp.maximum(r, jnp.asarray(eps, r.dtype))), grads, root)
+        norms = measure(grouping._replace(leaves=jax.tree.leaves(ratio)), as_mapped(name, axis_name))
+        step = jax.tree.map(lambda m, r: _quotient(m, r + jnp.asarray(eps, r.dtype)), mean, root)
+        if decays:
+            step = _decayed(step, _required(name, params), weight_decay, mask)
+        ones = jax.tree.map(jnp.ones_like, norms)
+        step = rescale(grouping._replace(leaves=jax.tree.leaves(step)), jax.tree.map(jnp.maximum, norms, ones), ones)
+        return jax.tree.map(lambda s, u: s.astype(u.dtype), step, updates), ScaleByStableAdamState(
+            grad_mean=jax.tree.map(lambda old, new: new.astype(old.dtype), state.grad_mean, mean),
+            grad_rms=jax.tree.map(lambda old, new: new.astype(old.dtype), state.grad_rms, root),
+            ratio_rms=_kept(name, state.ratio_rms, grouping, norms),
+            num_updates=count,
+            num_clipped=_added(name, state.num_clipped, grouping, jax.tree.map(jnp.greater, norms, ones)),
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _lifted(x: Array) -> Array:
+    return lift(x, accumulator_dtype(x.dtype))
+
+
+def _root_averaged(root: Array, value: Array, decay: Any, step: Array) -> Array:
+    """The root of the debiased moving average of squares with one more value, without squaring it."""
+    weight = _newest_weight(decay, step, value.real.dtype)
+    return jnp.hypot(jnp.sqrt(1 - weight) * root.astype(weight.dtype), jnp.sqrt(weight) * jnp.abs(value))
+
+
+def _quotient(x: Array, root: Array) -> Array:
+    """x/root, and 0 where root is 0."""
+    safe = jnp.where(root == 0, 1, root)
+    return jnp.where(root == 0, 0, x / safe.astype(x.dtype))
+
+
+def _decayed(step: PyTree, params: PyTree, weight_decay: Any, mask: Any) -> PyTree:
+    """The step with its share of the parameters, where the mask says so; optax knows what a mask may be."""
+    decay = optax.stateless(
+        lambda step, params: jax.tree.map(
+            lambda s, p: s + times(lift(p, s.real.dtype), jnp.asarray(weight_decay)), step, params
+        )
     )
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    decay = decay if mask is None else optax.masked(decay, mask)
+    return decay.update(step, decay.init(params), params)[0]
 
 
-def _like(state: PyTree, values: PyTree) -> PyTree:
-    """Values in the dtypes of the state, which are those of init."""
-    return jax.tree.map(lambda s, v: v.astype(s.dtype), state, values)
+def stable_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float | Array = 0.9,
+    b2: float | Array = 0.99,
+    eps: float | Array = 1e-6,
+    weight_decay: float | Array = 1e-2,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    *,
+    mu_dtype: DTypeLike | None = None,
+    scope: Scope = "block",
+    axis_name: str | Sequence[str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""StableAdamW: AdamW that divides its learning rate by $\max(1, \text{RMS}_t)$ for each pool of the scope.
+
+    $w \leftarrow w - \eta_t \left(\frac{m}{\sqrt v + \epsilon} + \lambda w\right)$ with
+    $\eta_t = \eta / \max(1, \text{RMS}_t)$. It takes the place of AdamW with gradient clipping, and needs no threshold.
+
+    Args:
+        learning_rate: $\eta$, a number or a schedule.
+        b1, b2, eps, weight_decay, mask, mu_dtype, scope, axis_name: as in `scale_by_stable_adam`.
+
+    Returns:
+        An optimizer with the state of `scale_by_stable_adam` in it.
+
+    Raises:
+        TypeError, ValueError: as `scale_by_stable_adam`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, rmsjax
+        >>> tx = rmsjax.stable_adamw(optax.cosine_decay_schedule(1e-2, 1000), weight_decay=0.1)
+        >>> params = {"w": jnp.ones(2)}
+        >>> updates, state = tx.update({"w": jnp.array([0.3, -20.0])}, tx.init(params), params)
+        >>> print(updates["w"], optax.tree.get(state, "ratio_rms")["w"])
+        [-0.01099997  0.009     ] 1.0
+
+    Source: Wortsman et al. (arXiv 2304.13013), Algorithm 2; the defaults are those of torch-optimi's StableAdamW.
+    """
+    return optax.chain(
+        scale_by_stable_adam(
+            b1, b2, eps, weight_decay=weight_decay, mask=mask, mu_dtype=mu_dtype, scope=scope, axis_name=axis_name
+        ),
+        _by_learning_rate(learning_rate),
+    )
+
+
+def _by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    if callable(learning_rate):
+        return optax.scale_by_learning_rate(learning_rate)
+    # Not optax.scale: by a traced float32 number it turns bfloat16 updates into float32.
+    return optax.stateless_with_tree_map(lambda update, _: times(update, -jnp.asarray(learning_rate)))

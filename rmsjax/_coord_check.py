@@ -1,0 +1,506 @@
+"""Widths side by side: how the RMS norms of activations, and of their changes in training, scale with width.
+
+`coord_check` trains a model at several widths for a few steps; `compare_widths` measures models as they are. Both
+return a `WidthRecord`: plain arrays, the slopes in log-log scale with their intervals, and a verdict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from scipy.special import stdtrit
+
+from rmsjax._tree import tree_rms
+from rmsjax.probe import activation_rms, capture
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Float, Int, PyTree
+
+Quantity: TypeAlias = Literal["rms", "change", "l2"]
+
+# Exponents of width come in halves (Yang and Hu, arXiv 2011.14522), so a slope belongs to the half that is nearest.
+_LEVEL = 0.25
+_WORDS = ("not finite", "grows", "shrinks", "level")
+
+
+class Slopes(NamedTuple):
+    """Exponents of width: their means over seeds, and the ends of the 95 % interval of Student's t around them."""
+
+    mean: Float[np.ndarray, "steps layers"]
+    low: Float[np.ndarray, "steps layers"]
+    high: Float[np.ndarray, "steps layers"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WidthRecord:
+    r"""The RMS norms of the activations of a model at several widths, and what they say about its parametrisation.
+
+    **Slopes.** A norm that scales as $\text{width}^p$ lies on a line of slope p in log-log scale. `slopes` fits p by
+    least squares for each seed, and gives the mean over seeds with the 95 % interval of Student's t.
+
+    **Verdict.** In the infinite-width limit exponents are multiples of 1/2. A slope beyond ±1/4 is therefore nearer to
+    ±1/2 than to 0. At the last step, with mean slopes, a layer
+
+    - is **not finite** if one of its norms is inf or NaN;
+    - else **grows** if its RMS or the RMS of its change has a slope above 1/4;
+    - else **shrinks** if its change has a slope below -1/4 (its RMS, if the layer does not change at all);
+    - else is **level**.
+
+    The RMS of a layer that changes is not judged for shrinking: it cannot stay below the change for long, and the
+    output of a muP model, which starts near 0, is meant to shrink towards its change. `verdict` is the first in this
+    list that any layer has. A layer is `doubtful` if its verdict would be another at one end of its interval, as
+    happens with few or noisy seeds (always with a single one); more seeds make the interval smaller.
+
+    Attributes:
+        layers: the names of the activations.
+        widths: the widths, ascending.
+        seeds: the seeds.
+        rms: the RMS norm of each activation, over the whole batch; step 0 is before training.
+        change: the RMS norm of the activation minus the same activation at step 0.
+        sizes: the number of elements of each activation for one example of the batch.
+        loss: the loss at each step; NaN if nothing was trained.
+    """
+
+    layers: tuple[str, ...]
+    widths: Int[np.ndarray, "widths"]
+    seeds: Int[np.ndarray, "seeds"]
+    rms: Float[np.ndarray, "widths seeds steps layers"]
+    change: Float[np.ndarray, "widths seeds steps layers"]
+    sizes: Int[np.ndarray, "widths layers"]
+    loss: Float[np.ndarray, "widths seeds steps"]
+
+    @property
+    def steps(self) -> int:
+        """How many steps were trained; the arrays have one more, for step 0."""
+        return self.rms.shape[2] - 1
+
+    @property
+    def l2(self) -> Float[np.ndarray, "widths seeds steps layers"]:
+        r"""The L2 norm of an activation for one example, $\|x\|_{RMS}\sqrt n$ (quadratic mean over the batch)."""
+        return self.rms * np.sqrt(self.sizes)[:, None, None, :]
+
+    def over_seeds(self, quantity: Quantity = "rms") -> Float[np.ndarray, "widths steps layers"]:
+        """The geometric mean over seeds, to which the mean slopes belong; 0 where the norm is 0 for every seed."""
+        values = np.asarray(getattr(self, quantity))
+        means = np.exp(np.mean(_logs(values), axis=1))
+        return np.where(np.any(values != 0, axis=1), means, 0.0)
+
+    def history(self, width: int, quantity: Quantity = "rms") -> dict[str, Float[np.ndarray, "steps"]]:
+        """One width over training: the mean over seeds at each step, by layer; what `plot.over_training` draws."""
+        found = np.flatnonzero(self.widths == width)
+        if not found.size:
+            raise ValueError(f"WidthRecord: width must be one of {self.widths.tolist()}, got {width!r}")
+        return dict(zip(self.layers, self.over_seeds(quantity)[found[0]].T, strict=True))
+
+    def slopes(self, quantity: Quantity = "rms") -> Slopes:
+        """The slopes in log-log scale against width, for each step and layer; of 0 everywhere the slope is 0."""
+        by_seed = _fit(self.widths, getattr(self, quantity))
+        mean, count = np.mean(by_seed, axis=0), len(by_seed)
+        if count == 1:
+            return Slopes(mean, np.full_like(mean, -np.inf), np.full_like(mean, np.inf))
+        half = stdtrit(count - 1, 0.975) * np.std(by_seed, axis=0, ddof=1) / math.sqrt(count)
+        return Slopes(mean, mean - half, mean + half)
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """The verdict on each layer: "level", "grows", "shrinks" or "not finite"."""
+        return dict(zip(self.layers, self._judge("mean"), strict=True))
+
+    @property
+    def verdict(self) -> str:
+        """The verdict on the whole: the first of "not finite", "grows", "shrinks", "level" that a layer has."""
+        return min(self._judge("mean"), key=_WORDS.index)
+
+    @property
+    def doubtful(self) -> tuple[str, ...]:
+        """The layers whose verdict would be another at one end of the interval of their slopes."""
+        ends = zip(self.layers, self._judge("low"), self._judge("mean"), self._judge("high"), strict=True)
+        return tuple(layer for layer, low, mean, high in ends if low != mean or high != mean)
+
+    def _judge(self, which: Literal["mean", "low", "high"]) -> list[str]:
+        rms, change = (getattr(self.slopes(quantity), which)[-1] for quantity in ("rms", "change"))
+        changes = np.any(self.change[:, :, -1] != 0, axis=(0, 1))
+        finite = np.all(np.isfinite(self.rms[:, :, -1]), axis=(0, 1))
+        grows = np.maximum(rms, change) > _LEVEL
+        shrinks = np.where(changes, change, rms) < -_LEVEL
+        return [str(word) for word in np.select([~finite, grows, shrinks], _WORDS[:3], _WORDS[3])]
+
+    # ---------------------------------------------------------------------------------------------------------- output
+
+    def __str__(self) -> str:
+        judged: list[tuple[str, Quantity, int]] = [("RMS, step 0", "rms", 0)]
+        if self.steps:
+            judged.append((f"RMS, step {self.steps}", "rms", -1))
+            judged.append((f"change, step {self.steps}", "change", -1))
+        columns: list[list[str]] = []
+        for title, quantity, step in judged:
+            slopes = Slopes(*(values[step] for values in self.slopes(quantity)))
+            columns.append([title, *map(_with_interval, slopes.mean, slopes.high)])
+        words = [word + (" ?" if layer in self.doubtful else "") for layer, word in self.verdicts.items()]
+        rows = zip(["layer", *self.layers], *columns, ["verdict", *words], strict=True)
+        return "\n".join(
+            [
+                f"slopes of log RMS against log width, mean over {_counted(len(self.seeds), 'seed')} ± 95 % interval",
+                f"widths {', '.join(map(str, self.widths))}; {_counted(self.steps, 'step')} of training",
+                "",
+                *text_table(rows),
+                "",
+                self._conclusion(),
+            ]
+        )
+
+    def _conclusion(self) -> str:
+        hit = [layer for layer, word in self.verdicts.items() if word == self.verdict]
+        where = "" if self.verdict == "level" else f" ({len(hit)} of {_counted(len(self.layers), 'layer')})"
+        doubts = f"; ? = another verdict within the interval: use more than {_counted(len(self.seeds), 'seed')}"
+        return f"verdict: {self.verdict}{where}{doubts if self.doubtful else ''}"
+
+    def width_table(self, step: int = -1) -> str:
+        """The RMS norms of each layer at each width, the L2 norms beside them, and the slopes of both, as text."""
+        rows = [["layer", *(f"RMS {w}" for w in self.widths), "slope", *(f"L2 {w}" for w in self.widths), "slope"]]
+        parts = [(self.over_seeds(q)[:, step], self.slopes(q).mean[step]) for q in ("rms", "l2")]
+        for i, layer in enumerate(self.layers):
+            cells = [[*(f"{v:.3g}" for v in means[:, i]), f"{slopes[i]:+z.2f}"] for means, slopes in parts]
+            rows.append([layer, *cells[0], *cells[1]])
+        return "\n".join(text_table(rows))
+
+    def to_dict(self) -> dict[str, np.ndarray]:
+        """Columns of one length, a row for each width, seed, step and layer: `pandas.DataFrame(record.to_dict())`."""
+        shape = self.rms.shape
+        indices = np.indices(shape).reshape(4, -1)
+        labels = (self.widths, self.seeds, np.arange(shape[2]), np.array(self.layers))
+        columns = {k: v[i] for k, v, i in zip(("width", "seed", "step", "layer"), labels, indices, strict=True)}
+        wide = {"rms": self.rms, "change": self.change, "l2": self.l2, "loss": self.loss[..., None]}
+        return columns | {k: np.broadcast_to(v, shape).ravel() for k, v in wide.items()}
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the record to one .npz file, at exactly this path."""
+        arrays: dict[str, Any] = {
+            field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> WidthRecord:
+        """The record that `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            arrays: dict[str, Any] = {field.name: file[field.name] for field in dataclasses.fields(cls)}
+        return cls(tuple(map(str, arrays.pop("layers"))), **arrays)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def coord_check(
+    make_model: Callable[[int, nnx.Rngs], nnx.Module | nn.Module],
+    batch: Sequence[PyTree],
+    *,
+    widths: Iterable[int],
+    make_optimizer: Callable[[int], optax.GradientTransformation],
+    loss: Callable[[Any, Any], ArrayLike],
+    steps: int = 4,
+    seeds: int | Iterable[int] = 3,
+    progress: bool = True,
+) -> WidthRecord:
+    """Train a model at several widths for a few steps, and judge how its activations and their changes scale.
+
+    The coordinate check of muP: with a width-neutral parametrisation, the RMS norm of every activation and of its
+    change since initialisation is the same at every width, so that hyperparameters found on a small model serve a
+    large one. Where one grows, a wider model needs another learning rate or initialisation; where one shrinks, that
+    layer stops learning. `WidthRecord` says how the verdict is reached; `rmsjax.plot.coord_check` draws the record.
+
+    Each width compiles one program, in which all seeds train side by side; activations never leave it. The model sees
+    the same batch and the same random numbers (dropout) at every step, and its state other than parameters (running
+    averages) stays as it is, so that only learning changes an activation.
+
+    Args:
+        make_model: `(width, rngs)` to a Flax NNX module, or to a Linen one, which is initialised here.
+        batch: the arguments of the model, and last what the loss compares the output with: (x, labels).
+        widths: at least two; what width means is up to make_model and make_optimizer.
+        make_optimizer: width to an optax transformation, since the learning rates of muP depend on it.
+        loss: `(output, target)` to a loss, which is averaged if it is not a scalar.
+        steps: how many steps to train.
+        seeds: how many seeds, or which; intervals need two at least, three or more are worth having.
+        progress: show a bar over widths, if tqdm is installed.
+
+    Returns:
+        The record: norms, slopes, verdicts; print it for a table.
+
+    Raises:
+        TypeError: widths, steps or seeds are not integers; make_model does not return a Flax module.
+        ValueError: fewer than two widths, no step, no seed, one of them twice; a batch without a target; widths at
+            which the model has different layers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> import rmsjax
+        >>> def make_model(width, rngs):
+        ...     return nnx.Sequential(nnx.Linear(8, width, rngs=rngs), jax.nn.relu, nnx.Linear(width, 1, rngs=rngs))
+        >>> x = jax.random.normal(jax.random.key(0), (32, 8))
+        >>> record = rmsjax.coord_check(
+        ...     make_model, (x, x[:, :1]), widths=[64, 512], progress=False,
+        ...     make_optimizer=lambda width: optax.adam(1e-3), loss=optax.l2_loss)
+        >>> print(record.verdict, record.verdicts)
+        grows {'layers/0': 'level', 'layers/2': 'grows', 'Sequential': 'grows'}
+
+    Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1.
+    """
+    widths = _integers("coord_check", "widths", widths, least=1, count=2)
+    seeds = _integers("coord_check", "seeds", range(seeds) if isinstance(seeds, int) else seeds, least=0)
+    (steps,) = _integers("coord_check", "steps", [steps], least=1)
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise ValueError(f"coord_check: batch must be a tuple such as (x, labels), the target last, got {batch!r:.80}")
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+    measured: list[_Measured] = []
+    for width in _with_bar(widths, progress):
+        train = partial(_train, partial(make_model, width), make_optimizer(width), loss, steps)
+        measured.append(jax.device_get(jax.jit(jax.vmap(train, in_axes=(None, 0)))(tuple(batch), keys)))
+    return _record("coord_check", widths, seeds, measured)
+
+
+def compare_widths(models: Mapping[int, Any], *args: Any) -> WidthRecord:
+    """Measure models of several widths as they are: the RMS norm of every activation, side by side.
+
+    Args:
+        models: from width to a Flax NNX module or a tuple (Linen module, variables), or to a list of these (seeds).
+        args: what the models are called with.
+
+    Returns:
+        A record with step 0 only; `print(record.width_table())` shows RMS beside L2 norms.
+
+    Raises:
+        TypeError: a width is not an integer, a model not a Flax module.
+        ValueError: fewer than two widths, lists of different lengths, widths at which the model has different layers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import rmsjax
+        >>> models = {width: nnx.Linear(8, width, rngs=nnx.Rngs(0)) for width in (64, 256, 1024)}
+        >>> print(rmsjax.compare_widths(models, jnp.ones((32, 8))).width_table())
+        layer   RMS 64  RMS 256  RMS 1024  slope  L2 64  L2 256  L2 1024  slope
+        Linear   0.971      1.1      1.03  +0.02   7.77    17.6     32.9  +0.52
+    """
+    widths = _integers("compare_widths", "widths", models, least=1, count=2)
+    by_width = [list(models[w]) if isinstance(models[w], list) else [models[w]] for w in widths]
+    if len(set(map(len, by_width))) > 1 or not by_width[0]:
+        raise ValueError(f"compare_widths: each width must have as many models, got {list(map(len, by_width))}")
+    measured = [
+        jax.tree.map(lambda *leaves: np.stack(leaves), *map(partial(_measure, args), group)) for group in by_width
+    ]
+    return _record("compare_widths", widths, list(range(len(by_width[0]))), measured)
+
+
+_Activations: TypeAlias = "OrderedDict[str, Array]"  # each with the axes (*loops, examples, elements)
+
+
+class _Measured(NamedTuple):
+    """What one width gives, by activation: arrays over (seeds, steps, *loops); loops are those of an `nnx.scan`."""
+
+    rms: OrderedDict[str, Any]
+    change: OrderedDict[str, Any]
+    sizes: OrderedDict[str, Any]
+    loss: Any
+
+
+def _train(
+    make_model: Callable[[nnx.Rngs], Any],
+    optimizer: optax.GradientTransformation,
+    loss: Callable[[Any, Any], Any],
+    steps: int,
+    batch: tuple[Any, ...],
+    key: Array,
+) -> _Measured:
+    """One width, one seed."""
+    *args, target = batch
+    model = make_model(nnx.Rngs(key))
+    if isinstance(model, nn.Module):
+        model = (model, model.init(key, *args))
+    params, program = _split("coord_check", model, args, key)
+
+    def objective(params: Any) -> tuple[Array, _Activations]:
+        output, activations = program(params)
+        return jnp.mean(loss(output, target)), activations
+
+    def step(carry: Any, index: Array) -> tuple[Any, Any]:
+        params, state, first = carry
+        (value, now), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        # Step 0 is run by the same program as all others, so what did not learn has changed by 0, not by rounding.
+        first = jax.tree.map(lambda new, old: jnp.where(index == 0, new, old), now, first)
+        updates, state = optimizer.update(grads, state, params)
+        measured = _norms(now), _norms(jax.tree.map(_difference, now, first)), value
+        return (optax.apply_updates(params, updates), state, first), measured
+
+    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(program, params)[1])
+    _, (rms, change, losses) = jax.lax.scan(step, (params, optimizer.init(params), blank), jnp.arange(steps + 1))
+    return _Measured(rms, change, _sizes(blank), losses)
+
+
+def _measure(args: tuple[Any, ...], model: Any) -> _Measured:
+    """One model as it is."""
+    params, program = _split("compare_widths", model, args, jax.random.key(0))
+
+    def measure(params: Any) -> _Measured:
+        _, activations = program(params)
+        rms = _norms(activations)
+        return _Measured(rms, jax.tree.map(jnp.zeros_like, rms), _sizes(activations), jnp.full((), jnp.nan))
+
+    return jax.tree.map(lambda x: np.asarray(x)[None], jax.jit(measure)(params))
+
+
+def _split(
+    function: str, model: Any, args: Sequence[Any], key: Array
+) -> tuple[Any, Callable[[Any], tuple[Any, _Activations]]]:
+    """The parameters of a model, and the function from parameters to its output and its activations."""
+    kwargs: dict[str, Any] = {}
+    if isinstance(model, nnx.Module):
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def whole(params: Any) -> Any:
+            return nnx.merge(graphdef, params, rest)
+
+    elif isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module):
+        module, variables = model
+        params = variables.get("params", {})
+        others = {name: collection for name, collection in variables.items() if name != "params"}
+        kwargs = {"rngs": {"params": key}, "mutable": list(others)}  # so a call returns (output, collections)
+
+        def whole(params: Any) -> Any:
+            return module, {"params": params, **others}
+
+    else:
+        raise TypeError(
+            f"{function}: a model must be a flax.nnx module, or a linen module (for compare_widths with its variables, "
+            f"as a tuple), got {type(model).__name__}"
+        )
+
+    # The probe knows which axes are those of loops: they are what its norms have left.
+    norms = jax.eval_shape(lambda params: activation_rms(whole(params), *args, **kwargs), params)
+
+    def program(params: Any) -> tuple[Any, _Activations]:
+        output, trees = capture(whole(params), *args, **kwargs)
+        activations: _Activations = OrderedDict()
+        for label, tree in trees.items():
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+                name = label + jax.tree_util.keystr(path)
+                if name in norms:
+                    loops, own = leaf.shape[: norms[name].ndim], leaf.shape[norms[name].ndim :]
+                    activations[name] = leaf.reshape(*loops, *own[:1] or (1,), math.prod(own[1:]))
+        return (output[0] if kwargs else output), activations
+
+    return params, program
+
+
+def _norms(activations: _Activations) -> OrderedDict[str, Array]:
+    return jax.tree.map(lambda norm: norm.reshape(norm.shape[:-2]), tree_rms(activations, (-2, -1)))
+
+
+def _difference(x: Array, y: Array) -> Array:
+    """x - y in float32 at least, in which float16 does not overflow."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return x.astype(dtype) - y.astype(dtype)
+
+
+def _sizes(activations: _Activations) -> OrderedDict[str, Array]:
+    return OrderedDict((name, jnp.asarray(x.shape[-1])) for name, x in activations.items())
+
+
+def _record(function: str, widths: list[int], seeds: list[int], measured: list[_Measured]) -> WidthRecord:
+    """What was measured at each width, as arrays; each iteration of a loop is a layer of its own."""
+    tables: list[dict[str, tuple[Any, Any, int]]] = []
+    for at_width in measured:
+        table: dict[str, tuple[Any, Any, int]] = {}
+        for name, rms in at_width.rms.items():
+            for i in np.ndindex(rms.shape[2:]):
+                label = name + "".join(f"[{k}]" for k in i)
+                table[label] = (rms[:, :, *i], at_width.change[name][:, :, *i], at_width.sizes[name].flat[0])
+        tables.append(table)
+    layers = tuple(tables[0])
+    for width, table in zip(widths, tables, strict=True):
+        if different := set(layers) ^ set(table):
+            raise ValueError(
+                f"{function}: the model must have the same layers at every width; "
+                f"at widths {widths[0]} and {width} they differ in {sorted(different)}"
+            )
+    columns = [[np.stack(column, -1) for column in zip(*map(table.get, layers), strict=True)] for table in tables]
+    rms, change, sizes = (np.stack(parts) for parts in zip(*columns, strict=True))
+    losses = np.stack([at_width.loss for at_width in measured])
+    return WidthRecord(
+        layers, np.array(widths), np.array(seeds), rms.astype(float), change.astype(float), sizes, losses.astype(float)
+    )
+
+
+def _integers(function: str, argument: str, values: Iterable[int], *, least: int, count: int = 1) -> list[int]:
+    """Distinct integers, in ascending order."""
+    try:
+        found = sorted(operator.index(value) for value in values)
+    except TypeError:
+        raise TypeError(f"{function}: {argument} must be integers, got {values!r:.80}") from None
+    if len(found) < count or len(set(found)) < len(found):
+        raise ValueError(f"{function}: {argument} must be {count} or more, none of them twice, got {found}")
+    if found[0] < least:
+        raise ValueError(f"{function}: {argument} must be at least {least}, got {found[0]}")
+    return found
+
+
+def _with_bar(widths: list[int], progress: bool) -> Iterable[int]:
+    if progress:
+        with contextlib.suppress(ImportError):
+            from tqdm.auto import tqdm
+
+            return tqdm(widths, desc="coord_check", unit="width")
+    return widths
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def _logs(values: np.ndarray) -> np.ndarray:
+    """Logarithms in which 0 counts as the smallest normal number: 0 at some widths only is a steep slope, not NaN."""
+    logs = np.log(np.maximum(values, np.finfo(np.float32).tiny, dtype=np.float64))
+    return np.where(np.isfinite(values), logs, np.nan)
+
+
+def _fit(widths: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The least-squares slope of log values against log widths along the first axis."""
+    x, y = np.log(widths) - np.mean(np.log(widths)), _logs(values)
+    return np.tensordot(x, y - y[0], 1) / np.sum(x**2)  # less the first, so that of equal values it is exactly 0
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def _with_interval(mean: float, high: float) -> str:
+    return f"{mean:+z.2f} ±{high - mean:.2f}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def text_table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines in which the first column stands to the left, the others to the right."""
+    rows = list(rows)
+    extents = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(n) if i else cell.ljust(n) for i, (cell, n) in enumerate(zip(row, extents, strict=True)))
+        for row in rows
+    ]

@@ -1,0 +1,389 @@
+"""`tag_tree` marks values inside any JAX function; `run` calls a function and brings the values that it marked out.
+
+A tag is a primitive: the identity, which lowers to nothing. To get at tagged values, `run` traces the function to a
+jaxpr and evaluates it. Equations without a tag inside are left to JAX. Each control-flow equation with a tag inside is
+called anew with the tagged values as further results, reduced where they arise: so no tracer crosses a boundary, and
+of an activation inside a loop nothing but its reduced value is kept.
+
+The derivative of a tag marks the tangent, with a linear primitive whose transpose tags the cotangent. A function that
+takes a gradient therefore has the cotangents of its tagged points among its tags.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
+
+
+class Mark(NamedTuple):
+    """What is static about a tagged array: one leaf of the tree that was given to one call of `tag_tree`."""
+
+    name: str
+    call: int  # no two calls have the same, though a function that JAX traced once and runs twice repeats its own
+    leaf: int
+    treedef: Any
+    cotangent: bool = False
+    batch_axes: tuple[int, ...] = ()  # where vmap has put its axes, the innermost vmap first
+
+
+class Entry(NamedTuple):
+    """A tagged array, reduced. Its leading axes are those of the loops ("scan") and meshes ("shard") it was in."""
+
+    mark: Mark
+    value: Any
+    axes: tuple[str, ...] = ()
+
+
+Found = tuple[list[Any], list[Entry]]  # the results of an equation or a jaxpr, and what was tagged inside
+
+
+# ------------------------------------------------------------------------------------------------------ the primitives
+
+_tag_p = core.Primitive("rmsjax_tag")
+_tangent_p = core.Primitive("rmsjax_tag_tangent")
+_calls = itertools.count()
+
+
+def tag_tree(tree: Any, name: str) -> Any:
+    """The same tree; its arrays are tagged, all else is left alone."""
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = jax.tree.structure(treedef.unflatten([0 if is_array(leaf) else None for leaf in leaves]))
+    call, numbers = next(_calls), itertools.count()
+    return treedef.unflatten(
+        [_tag_p.bind(leaf, mark=Mark(name, call, next(numbers), arrays)) if is_array(leaf) else leaf for leaf in leaves]
+    )
+
+
+def is_array(x: Any) -> TypeGuard[Array]:
+    """Whether x is an array for JAX, traced or not."""
+    return isinstance(x, Array) or (isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "biufcV")
+
+
+def _batch(primitive: Any) -> Callable[..., Any]:
+    def rule(args: Any, dims: Any, *, mark: Mark) -> Any:
+        ((x,), (dim,)) = args, dims
+        return primitive.bind(x, mark=mark._replace(batch_axes=(*mark.batch_axes, dim))), dim
+
+    return rule
+
+
+def _tag_jvp(primals: Any, tangents: Any, *, mark: Mark) -> Any:
+    ((x,), (t,)) = primals, tangents
+    if not (mark.cotangent or isinstance(t, ad.Zero)):
+        t = _tangent_p.bind(t, mark=mark)
+    return _tag_p.bind(x, mark=mark), t
+
+
+def _tangent_transpose(ct: Any, t: Any, *, mark: Mark) -> Any:
+    del t
+    return [ct if isinstance(ct, ad.Zero) else _tag_p.bind(ct, mark=mark._replace(cotangent=True))]
+
+
+for _primitive in (_tag_p, _tangent_p):
+    _primitive.def_impl(lambda x, *, mark: x)
+    _primitive.def_abstract_eval(lambda x, *, mark: x)
+    mlir.register_lowering(_primitive, lambda ctx, x, *, mark: [x])
+    batching.primitive_batchers[_primitive] = _batch(_primitive)
+ad.primitive_jvps[_tag_p] = _tag_jvp
+ad.primitive_jvps[_tangent_p] = lambda primals, tangents, *, mark: (_tangent_p.bind(*primals, mark=mark), *tangents)
+ad.primitive_transposes[_tangent_p] = _tangent_transpose
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def run(fn: Callable[..., Any], args: Any, kwargs: Any, reduce: Callable[[Array], Any]) -> tuple[Any, list[Entry]]:
+    """fn(*args, **kwargs), and what it tagged in the order of the program, each array reduced by `reduce`.
+
+    Arrays in the arguments are traced, as under jit; all else reaches fn as it is.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    static: list[Any] = []
+
+    def flat(*arrays: Any) -> list[Any]:
+        args, kwargs = treedef.unflatten(fill_in([None if is_array(leaf) else (leaf,) for leaf in leaves], arrays))
+        out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+        static[:] = [out_tree, [None if is_array(leaf) else (leaf,) for leaf in out]]
+        return [leaf for leaf in out if is_array(leaf)]
+
+    jaxpr = jax.make_jaxpr(flat)(*arrays)
+    out, entries = _Collector(reduce).evaluate(jaxpr, arrays)
+    out_tree, rest = static
+    return out_tree.unflatten(fill_in(rest, out)), entries
+
+
+def fill_in(static: Iterable[tuple[Any] | None], arrays: Iterable[Any]) -> list[Any]:
+    """The leaves of a tree, of which `static` has those that are no arrays, as tuples of one."""
+    given = iter(arrays)
+    return [next(given) if leaf is None else leaf[0] for leaf in static]
+
+
+class _Collector(NamedTuple):
+    reduce: Callable[[Array], Any]
+    recomputing: bool = False  # in the backward pass of a checkpoint, which repeats values of the forward pass
+
+    def wants(self, mark: Mark) -> bool:
+        return mark.cotangent or not self.recomputing
+
+    def inside(self, eqn: Any) -> _Collector:
+        return self._replace(recomputing=True) if eqn.params.get("differentiated") is True else self
+
+    def finds_tags(self, jaxpr: Any) -> bool:
+        return any(self.is_tagged(eqn) for eqn in _open(jaxpr)[0].eqns)
+
+    def is_tagged(self, eqn: Any) -> bool:
+        if eqn.primitive is _tag_p:
+            return self.wants(eqn.params["mark"])
+        return any(map(self.inside(eqn).finds_tags, _jaxprs_of(eqn)))
+
+    def evaluate(self, jaxpr: Any, args: Sequence[Any]) -> Found:
+        jaxpr, consts = _open(jaxpr)
+        env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        last_use = {v: k for k, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
+        last_use.update(dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns)))
+        entries: list[Entry] = []
+        start = 0
+        for k, eqn in enumerate(jaxpr.eqns):
+            if self.is_tagged(eqn):
+                _evaluate_plain(jaxpr, start, k, last_use, env)
+                start = k + 1
+                with eqn.ctx.manager:
+                    outs, found = self.evaluate_tagged(eqn, _read(env, eqn.invars))
+                env.update(zip(eqn.outvars, outs, strict=True))
+                entries += found
+        _evaluate_plain(jaxpr, start, len(jaxpr.eqns), last_use, env)
+        return _read(env, jaxpr.outvars), entries
+
+    def evaluate_tagged(self, eqn: Any, args: list[Any]) -> Found:
+        if eqn.primitive is not _tag_p:
+            return _RULES.get(eqn.primitive.name, _call)(self.inside(eqn), eqn, args)
+        (x,), mark = args, eqn.params["mark"]
+        for k, axis in enumerate(reversed(mark.batch_axes)):
+            x = jnp.moveaxis(x, axis + k, k)
+        return args, [Entry(mark, self.reduce(x))]
+
+    def staged(self, jaxpr: Any) -> tuple[Callable[..., tuple[list[Any], list[Any]]], list[Entry]]:
+        """`evaluate` as a function of the arguments that can be given to a transformation, and a list of the entries.
+
+        The function returns arrays only. The list, of entries without values, is there once the function was traced.
+        """
+        entries: list[Entry] = []
+
+        def fn(*args: Any) -> tuple[list[Any], list[Any]]:
+            outs, found = self.evaluate(jaxpr, args)
+            entries[:] = [entry._replace(value=None) for entry in found]
+            return outs, [entry.value for entry in found]
+
+        return fn, entries
+
+
+def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr and its constants. Before jax 0.12 open and closed jaxprs are of two classes."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def _jaxprs_of(eqn: Any) -> Iterable[Any]:
+    for param in eqn.params.values():
+        for part in param if isinstance(param, (tuple, list)) else (param,):
+            if isinstance(part, (core.Jaxpr, core.ClosedJaxpr)):
+                yield part
+
+
+def _variables(atoms: Iterable[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
+
+
+def _read(env: dict[Any, Any], atoms: Iterable[Any]) -> list[Any]:
+    return [atom.val if isinstance(atom, core.Literal) else env[atom] for atom in atoms]
+
+
+def _evaluate_plain(jaxpr: Any, start: int, stop: int, last_use: dict[Any, int], env: dict[Any, Any]) -> None:
+    """Leave equations start to stop to JAX, and take over what is used after them."""
+    if start == stop:
+        return
+    eqns = jaxpr.eqns[start:stop]
+    used = list(dict.fromkeys(v for eqn in eqns for v in _variables(eqn.invars) if v in env))
+    kept = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) >= stop]
+    names = jaxpr.debug_info.with_unknown_names()
+    part = jaxpr.replace(constvars=[], invars=used, outvars=kept, eqns=eqns, debug_info=names)
+    env.update(zip(kept, jax.core.eval_jaxpr(part, [], *_read(env, used)), strict=True))
+
+
+def _with_values(entries: list[Entry], values: Iterable[Any], axes: tuple[str, ...] = ()) -> list[Entry]:
+    return [e._replace(value=v, axes=(*axes, *e.axes)) for e, v in zip(entries, values, strict=True)]
+
+
+# -------------------------------------------------------------------------------------------------------- control flow
+
+
+def _jit(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
+    params = eqn.params
+    outs, entries = collector.evaluate(params["jaxpr"], list(map(_constrain, args, params["in_shardings"])))
+    return list(map(_constrain, outs, params["out_shardings"])), entries
+
+
+def _constrain(x: Any, sharding: Any) -> Any:
+    return lax.with_sharding_constraint(x, sharding) if isinstance(sharding, jax.sharding.Sharding) else x
+
+
+def _remat(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
+    prevent_cse = eqn.params["prevent_cse"]
+    prevent_cse = any(prevent_cse) if isinstance(prevent_cse, tuple) else prevent_cse
+    if collector.recomputing:
+        # A barrier is all that a checkpoint comes to in a backward pass: it keeps XLA from taking results of the
+        # forward pass, which it then would have to keep, for those that are to be computed again.
+        return collector.evaluate(eqn.params["jaxpr"], lax.optimization_barrier(args) if prevent_cse else args)
+    fn, entries = collector.staged(eqn.params["jaxpr"])
+    outs, values = jax.checkpoint(fn, prevent_cse=prevent_cse, policy=eqn.params["policy"])(*args)
+    return outs, _with_values(entries, values)
+
+
+def _scan(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
+    params = eqn.params
+    body, _ = _open(params["jaxpr"])
+    # Which arguments are constants, carry and slices is told by their ranks: the parameter for it has another name and
+    # form in jax 0.12.
+    num_xs = sum(whole.aval.ndim > one.aval.ndim for whole, one in zip(eqn.invars, body.invars, strict=True))
+    num_carry = sum(whole.aval.ndim == one.aval.ndim for whole, one in zip(eqn.outvars, body.outvars, strict=True))
+    num_consts = len(args) - num_carry - num_xs
+    consts, carry, xs = args[:num_consts], args[num_consts : num_consts + num_carry], args[num_consts + num_carry :]
+    fn, entries = collector.staged(params["jaxpr"])
+
+    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], Any]:
+        outs, values = fn(*consts, *carry, *x)
+        return outs[:num_carry], (outs[num_carry:], values)
+
+    carry, (ys, values) = lax.scan(
+        step, carry, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
+    )
+    return [*carry, *ys], _with_values(entries, values, ("scan",))
+
+
+def _while(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
+    """A loop of unknown length has no place for a value from each iteration: that of the last one is kept."""
+    params = eqn.params
+    if collector.finds_tags(params["cond_jaxpr"]):
+        _warn("the condition of a while_loop")
+    cond, cond_consts = _open(params["cond_jaxpr"])
+    num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
+    of_cond, consts, carry = args[:num_cond], args[num_cond : num_cond + num_body], args[num_cond + num_body :]
+    fn, entries = collector.staged(params["body_jaxpr"])
+    _, shapes = jax.eval_shape(fn, *consts, *carry)
+    outs, values = lax.while_loop(
+        lambda state: jax.core.eval_jaxpr(cond, cond_consts, *of_cond, *state[0])[0],
+        lambda state: fn(*consts, *state[0]),
+        (carry, _blank(shapes)),
+    )
+    return outs, _with_values(entries, values)
+
+
+def _cond(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
+    """Tags of one name and shape in several branches are one."""
+    index, operands = args[0], args[1:]
+    staged = [collector.staged(jaxpr) for jaxpr in eqn.params["branches"]]
+    shapes = [jax.eval_shape(fn, *operands)[1] for fn, _ in staged]
+    keys = [_branch_keys(entries, shape) for (_, entries), shape in zip(staged, shapes, strict=True)]
+    slots: dict[Any, tuple[Entry, Any]] = {}
+    for k, (_, entries) in enumerate(staged):
+        for key, entry, shape in zip(keys[k], entries, shapes[k], strict=True):
+            slots.setdefault(key, (entry, shape))
+
+    def branch(fn: Callable[..., Any], keys: list[Any]) -> Callable[..., Any]:
+        def call(*operands: Any) -> tuple[list[Any], list[Any]]:
+            outs, values = fn(*operands)
+            own = dict(zip(keys, values, strict=True))
+            return outs, [own[key] if key in own else _blank(shape) for key, (_, shape) in slots.items()]
+
+        return call
+
+    outs, values = lax.switch(index, [branch(fn, keys[k]) for k, (fn, _) in enumerate(staged)], *operands)
+    return outs, _with_values([entry for entry, _ in slots.values()], values)
+
+
+def _branch_keys(entries: list[Entry], shapes: list[Any]) -> list[Any]:
+    """What tells an entry of a branch from the others: its name, which one of this name it is, and its shape."""
+    seen: Counter[Any] = Counter()
+    keys: list[Any] = []
+    for entry, shape in zip(entries, shapes, strict=True):
+        name = (entry.mark.name, entry.mark.cotangent, entry.mark.leaf)
+        seen[name] += 1
+        keys.append((*name, seen[name], jax.tree.structure(shape), *jax.tree.leaves(shape)))
+    return keys
+
+
+def _blank(shapes: Any) -> Any:
+    """What stands for the value of a tag that is not reached: NaN, or 0 where there is no NaN."""
+
+    def blank(shape: Any) -> Array:
+        # full_like keeps the sharding and the manual axes, which are part of the type.
+        return lax.full_like(shape, jnp.nan if jnp.issubdtype(shape.dtype, jnp.inexact) else 0)
+
+    return jax.tree.map(blank, shapes)
+
+
+def _shard_map(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
+    params = eqn.params
+    names = params["manual_axes"] if "manual_axes" in params else params["newly_manual_axes"]  # renamed after jax 0.7
+    fn, entries = collector.staged(params["jaxpr"])
+
+    def local(*args: Any) -> tuple[list[Any], list[Any]]:
+        outs, values = fn(*args)
+        return outs, jax.tree.map(lambda value: value[None], values)
+
+    outs, values = jax.shard_map(
+        local,
+        mesh=params["mesh"],
+        in_specs=params["in_specs"],
+        out_specs=(list(params["out_specs"]), jax.sharding.PartitionSpec(tuple(sorted(names)))),
+        axis_names=names,
+        check_vma=params["check_vma"],
+    )(*args)
+    return outs, _with_values(entries, values, ("shard",))
+
+
+def _call(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
+    """Whatever has a rule of its own (custom_jvp, custom_vjp, custom_vmap) keeps it; its tags are evaluated beside it.
+
+    XLA shares what the two compute. An inside that does not take these arguments and give these results does not run
+    once as it stands (a linear solve, a kernel), and has no values to collect.
+    """
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # a dict in later versions
+    outs = eqn.primitive.bind(*subfuns, *args, **params)
+    outs = outs if eqn.primitive.multiple_results else [outs]
+    jaxprs = list(_jaxprs_of(eqn))
+    body, _ = _open(jaxprs[0])
+    if len(jaxprs) > 1 or _types(body.invars) != _types(eqn.invars) or _types(body.outvars) != _types(eqn.outvars):
+        _warn(eqn.primitive.name)
+        return outs, []
+    return outs, collector.evaluate(jaxprs[0], args)[1]
+
+
+def _types(atoms: Iterable[Any]) -> list[Any]:
+    return [(getattr(a.aval, "shape", None), getattr(a.aval, "dtype", None)) for a in atoms]
+
+
+def _warn(where: str) -> None:
+    warnings.warn(f"rmsjax.probe: what is tagged inside {where} is not collected", stacklevel=2)
+
+
+_RULES: dict[str, Callable[[_Collector, Any, list[Any]], Found]] = {
+    "jit": _jit,
+    "remat2": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+}

@@ -1,0 +1,730 @@
+"""A function under each JAX transformation, compared with a plain call of it: the engine of `rmsjax.testing`.
+
+`Subject` holds the function, the arguments, and what is expected: the values of a plain call, gradients, and slopes by
+finite differences. Each entry of `TRANSFORMATIONS` applies one transformation to a subject and compares; it raises
+`AssertionError` where something differs and `NotApplicable` where the transformation has no meaning for the function.
+
+Complex arguments are taken apart into real and imaginary parts, so that all derivatives are those of real functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.export
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Arrays = list[Any]
+Flat = Callable[..., Arrays]
+"""A function from arrays to a list of arrays."""
+
+# Batches are made of this many different examples: a rule that mixes up examples then shows.
+_EXAMPLES = 3
+
+
+class NotApplicable(Exception):
+    """Why a transformation has no meaning for a function."""
+
+
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _widened(x: Any, dtype: Any) -> Any:
+    """A real array in a floating type at least as wide as dtype; others as they are."""
+    return jnp.asarray(x, dtype) if _is_inexact(x) and x.dtype.itemsize < np.dtype(dtype).itemsize else x
+
+
+def _real(arrays: Sequence[Any]) -> Arrays:
+    """The inexact arrays as real ones."""
+    parts = [(x.real, x.imag) if jnp.iscomplexobj(x) else (x,) for x in arrays if _is_inexact(x)]
+    return [part for pair in parts for part in pair]
+
+
+def _wide(x: Any) -> np.ndarray[Any, Any]:
+    """Any array in a dtype that NumPy can subtract and compare in."""
+    x = np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+    return x.astype(np.complex128 if jnp.iscomplexobj(x) else np.float64)
+
+
+def _minus(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """x - y, and 0 where both are the same infinity or NaN."""
+    with np.errstate(invalid="ignore"):
+        return np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, x - y)
+
+
+def _inner(xs: Sequence[Any], ys: Sequence[Any]) -> float:
+    return float(sum(np.sum(_wide(x) * _wide(y)) for x, y in zip(xs, ys, strict=True)))
+
+
+def _example(inputs: Sequence[Any], k: int) -> Arrays:
+    """The inputs, with every float multiplied by a factor in [1/2, 1] if k > 0, so that signs and zeros stay."""
+    if k == 0:
+        return list(inputs)
+    rng = np.random.default_rng(k)
+    return [x * jnp.asarray(rng.uniform(0.5, 1.0, x.shape), x.dtype) if _is_inexact(x) else x for x in inputs]
+
+
+def _stack(examples: Sequence[Arrays]) -> Arrays:
+    return [jnp.stack(xs) for xs in zip(*examples, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------ the comparison
+
+
+def _require(ok: bool, message: str) -> None:
+    """`assert`, that also holds under `python -O`."""
+    if not ok:
+        raise AssertionError(message)
+
+
+def _check_count(got: Sequence[Any], want: Sequence[Any]) -> None:
+    _require(len(got) == len(want), f"{len(got)} outputs, expected {len(want)}")
+
+
+def _check_shape(where: str, got: Any, want: Any, *, dtype: bool = True) -> None:
+    _require(got.shape == want.shape, f"{where} has shape {got.shape}, expected {want.shape}")
+    if dtype and _is_inexact(want):  # the default width of integers follows enable_x64
+        _require(got.dtype == want.dtype, f"{where} has dtype {got.dtype}, expected {want.dtype}")
+
+
+def _check_close(
+    where: str, got: Any, want: Any, tolerance: float, *, atol: float = 0.0, scale: float = 0.0, dtype: bool = True
+) -> None:
+    """AssertionError unless |got - want| <= atol + tolerance * max(max |want|, scale), element by element."""
+    _check_shape(where, got, want, dtype=dtype)
+    got, want = _wide(got), _wide(want)
+    if not got.size:
+        return
+    difference = np.abs(_minus(got, want))
+    difference = np.where(np.isnan(difference), np.inf, difference)
+    allowed = atol + tolerance * max(float(np.max(np.abs(want), where=np.isfinite(want), initial=0.0)), scale)
+    worst = np.unravel_index(np.argmax(difference), difference.shape)
+    at = f", at index {tuple(map(int, worst))}" if worst else ""
+    _require(
+        bool(difference[worst] <= allowed),
+        f"{where} is off by {difference[worst]:.3g}, more than {allowed:.3g}{at}: "
+        f"got {got[worst]:.8g}, expected {want[worst]:.8g}",
+    )
+
+
+def _digits(dtype: Any) -> float:
+    """What two orders of the same sum may differ by: 1.8e-12, 6.4e-6, 5.5e-3 for 64, 32, 16 bits; bfloat16 0.026."""
+    return float(jnp.finfo(dtype).eps) ** 0.75 if jnp.issubdtype(dtype, jnp.inexact) else 0.0
+
+
+class Subject:
+    """A function of real arrays to a list of arrays, and what to expect of it."""
+
+    def __init__(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], rtol: float | None, atol: float, finite_differences: bool
+    ) -> None:
+        self.rtol, self.atol, self.finite_differences = rtol, atol, finite_differences
+        check_arrays("an argument", args)
+        with_paths, self._treedef = jax.tree_util.tree_flatten_with_path(args)
+        self._fn = fn
+        leaves = [jnp.asarray(leaf) for _, leaf in with_paths]
+        self._is_complex = [jnp.iscomplexobj(leaf) for leaf in leaves]
+        names = [f"argument {path[0].idx}{jax.tree_util.keystr(path[1:])}" for path, _ in with_paths]
+        self.inputs: Arrays = []
+        self.names: list[str] = []
+        for name, leaf, is_complex in zip(names, leaves, self._is_complex, strict=True):
+            self.inputs += [leaf.real, leaf.imag] if is_complex else [leaf]
+            self.names += [f"real part of {name}", f"imaginary part of {name}"] if is_complex else [name]
+        self.moving = tuple(i for i, x in enumerate(self.inputs) if _is_inexact(x))
+        self.examples = [_example(self.inputs, k) for k in range(_EXAMPLES)]
+        self.output = self._call(self.inputs)
+        check_arrays("an output", self.output)
+        self.values = [[jnp.asarray(y) for y in jax.tree.leaves(self.output)]]
+        self.values += [self.flat(*example) for example in self.examples[1:]]
+        outputs = _real(self.values[0])
+        self.differentiable = bool(self.moving and outputs)
+        rng = np.random.default_rng(0)
+        self.weights = [rng.uniform(0.5, 1.5, y.shape) * rng.choice([-1.0, 1.0], y.shape) for y in outputs]
+
+    # ---------------------------------------------------------------------------------------------------- the function
+
+    def _call(self, inputs: Sequence[Any]) -> Any:
+        parts = iter(inputs)
+        leaves = [
+            lax.complex(next(parts), next(parts)) if is_complex else next(parts) for is_complex in self._is_complex
+        ]
+        return self._fn(*jax.tree.unflatten(self._treedef, leaves))
+
+    def flat(self, *inputs: Any) -> Arrays:
+        return [jnp.asarray(y) for y in jax.tree.leaves(self._call(inputs))]
+
+    def real(self, *moving: Any) -> Arrays:
+        """The real outputs as a function of the real inputs, with the others as given."""
+        return _real(self.flat(*self.put(moving)))
+
+    def put(self, moving: Sequence[Any]) -> Arrays:
+        inputs = list(self.inputs)
+        for i, x in zip(self.moving, moving, strict=True):
+            inputs[i] = x
+        return inputs
+
+    def take(self, inputs: Sequence[Any]) -> Arrays:
+        return [inputs[i] for i in self.moving]
+
+    def need_derivative(self) -> None:
+        if not self.differentiable:
+            which = "output" if self.moving else "argument"
+            raise NotApplicable(f"no derivative: no {which} is floating or complex")
+
+    def loss_of(self, flat: Flat, *, batch_dims: int = 0) -> Callable[..., Any]:
+        """A scalar that depends on all outputs of `flat`: their sum with fixed weights, the same for each example."""
+
+        def loss(*inputs: Any) -> Any:
+            outputs = [_widened(y, jnp.float32) for y in _real(flat(*inputs))]
+            weighted = [
+                jnp.sum(y * jnp.asarray(w, y.dtype).reshape((1,) * batch_dims + w.shape))
+                for y, w in zip(outputs, self.weights, strict=True)
+            ]
+            widest = max((w.dtype for w in weighted), key=lambda dtype: dtype.itemsize)
+            return jnp.sum(jnp.stack([w.astype(widest) for w in weighted]))
+
+        return loss
+
+    def with_gradient(self, flat: Flat, *, batch_dims: int = 0) -> Callable[..., tuple[Arrays, Arrays]]:
+        """Values, of a call that is not differentiated, and the gradient of the loss if there is one."""
+        gradient = jax.grad(self.loss_of(flat, batch_dims=batch_dims), self.moving)
+        return lambda *inputs: (flat(*inputs), list(gradient(*inputs)) if self.has_gradient else [])
+
+    # ------------------------------------------------------------------------------------------------ what is expected
+
+    @cached_property
+    def output_names(self) -> list[str]:
+        paths = jax.tree_util.tree_flatten_with_path(self.output)[0]
+        return [f"output{jax.tree_util.keystr(path)}" for path, _ in paths]
+
+    @cached_property
+    def real_output_names(self) -> list[str]:
+        names: list[str] = []
+        for name, y in zip(self.output_names, self.values[0], strict=True):
+            if _is_inexact(y):
+                names += [f"real part of {name}", f"imaginary part of {name}"] if jnp.iscomplexobj(y) else [name]
+        return names
+
+    @cached_property
+    def program(self) -> Callable[..., tuple[Arrays, Arrays]]:
+        """Values and gradient, compiled once for all that need nothing else."""
+        return jax.jit(self.with_gradient(self.flat))
+
+    @cached_property
+    def gradients(self) -> list[Arrays]:
+        """The gradient of the loss, for each example."""
+        if not self.has_gradient:
+            jax.grad(self.loss_of(self.flat), self.moving)(*self.inputs)  # raises what there is to raise
+        return [self.program(*example)[1] for example in self.examples]
+
+    @cached_property
+    def has_gradient(self) -> bool:
+        """Whether JAX has a gradient of the plain function; where it fails, that is for the check of `grad` to say."""
+        return self.differentiable and _succeeds(
+            lambda: jax.eval_shape(jax.grad(self.loss_of(self.flat), self.moving), *self.inputs)
+        )
+
+    @cached_property
+    def has_tangents(self) -> bool:
+        """Whether JAX has the derivative in forward mode, as above."""
+        xs, vs = tuple(self.take(self.inputs)), tuple(self.direction)
+        return self.differentiable and _succeeds(lambda: jax.jit(lambda: jax.jvp(self.real, xs, vs)).lower())
+
+    @cached_property
+    def direction(self) -> Arrays:
+        """A direction in which to vary the inputs, each element by at most its own size, so that none changes sign.
+
+        Zeros are varied like the largest element, and what is not finite is not varied.
+        """
+        rng = np.random.default_rng(0)
+
+        def vary(x: Any) -> Any:
+            size = np.where(np.isfinite(_wide(x)), np.abs(_wide(x)), 0.0)
+            size = np.where(_wide(x) == 0, np.max(size, initial=0.0) or 1.0, size)
+            return jnp.asarray(size * rng.uniform(0.5, 1.0, size.shape) * rng.choice([-1.0, 1.0], size.shape), x.dtype)
+
+        return [vary(x) for x in self.take(self.inputs)]
+
+    @cached_property
+    def _jvp(self) -> Callable[..., Any]:
+        return jax.jit(lambda f, xs, vs: jax.jvp(f, xs, vs)[1], static_argnums=0)
+
+    def slopes(self, f: Flat, moving: Sequence[Any], direction: Sequence[Any]) -> Arrays:
+        """The derivative of f in a direction: by finite differences, or by JAX where these are not wanted.
+
+        Five points, at a step that balances rounding against the fourth power of the step. In types of fewer than 32
+        bits differences are mostly rounding, so they are taken in float32.
+        """
+        if not self.finite_differences:
+            return self._jvp(f, tuple(moving), tuple(direction))
+        xs, vs = ([_widened(x, jnp.float32) for x in arrays] for arrays in (moving, direction))
+        step = max(float(jnp.finfo(x.dtype).eps) for x in xs) ** 0.2
+
+        def at(k: int) -> Arrays:
+            return [_wide(y) for y in f(*[x + jnp.asarray(k * step, x.dtype) * v for x, v in zip(xs, vs, strict=True)])]
+
+        return [
+            _minus(8 * _minus(right, left), _minus(far_right, far_left)) / (12 * step)
+            for right, left, far_right, far_left in zip(at(1), at(-1), at(2), at(-2), strict=True)
+        ]
+
+    @cached_property
+    def tangents(self) -> Arrays:
+        return self.slopes(self.real, self.take(self.inputs), self.direction)
+
+    @cached_property
+    def gradient_slopes(self) -> Arrays:
+        """How the gradient changes in the direction."""
+        return self.slopes(lambda *xs: self.program(*self.put(xs))[1], self.take(self.inputs), self.direction)
+
+    @cached_property
+    def loss_slopes(self) -> list[float]:
+        """The derivative of the loss, with respect to each input, in the direction."""
+        slopes: list[float] = []
+        for i in range(len(self.moving)):
+            alone = [v if i == j else jnp.zeros_like(v) for j, v in enumerate(self.direction)]
+            slopes.append(_inner(self.weights, self.slopes(self.real, self.take(self.inputs), alone)))
+        return slopes
+
+    # ------------------------------------------------------------------------------------------------ the checks
+
+    def tolerance(self, dtype: Any, widest: float = 0.0) -> float:
+        return max(_digits(dtype) if self.rtol is None else self.rtol, widest)
+
+    def _slope_tolerance(self, dtype: Any) -> float:
+        return max(float(jnp.finfo(dtype).eps) ** 0.4, 10 * self.tolerance(dtype))
+
+    def check_values(self, got: Sequence[Any], want: Sequence[Any], *, dtype: bool = True) -> None:
+        _check_count(got, want)
+        for name, g, w in zip(self.output_names, got, want, strict=True):
+            _check_close(name, g, w, self.tolerance(w.dtype), atol=self.atol, dtype=dtype)
+
+    def check_gradients(self, got: Sequence[Any], want: Sequence[Any], *, dtype: bool = True) -> None:
+        """Gradients of a transformed function against those of the function itself."""
+        for i, g, w in zip(self.moving, got, want, strict=True):
+            name = f"the gradient with respect to {self.names[i]}"
+            _check_close(name, g, w, 4 * self.tolerance(w.dtype), atol=self.atol, dtype=dtype)
+
+    def check_gradient_slopes(self, got: Sequence[Any]) -> None:
+        """A gradient against the slopes of the function."""
+        size = _inner([np.abs(w) for w in self.weights], [np.abs(_wide(y)) for y in _real(self.values[0])])
+        for i, g, v, want in zip(self.moving, got, self.direction, self.loss_slopes, strict=True):
+            x = self.inputs[i]
+            name = f"the gradient with respect to {self.names[i]}, along a random direction,"
+            slope = np.asarray(_inner([g], [v]))
+            _check_close(name, slope, np.asarray(want), self._slope_tolerance(x.dtype), scale=size, atol=self.atol)
+
+    def check_tangents(self, got: Sequence[Any]) -> None:
+        """The derivative of the outputs in the direction."""
+        for name, g, w, y in zip(self.real_output_names, got, self.tangents, _real(self.values[0]), strict=True):
+            self._check_slope(f"the derivative of {name}", g, w, y)
+
+    def check_hessian(self, hessian: Any) -> None:
+        """A matrix of second derivatives of the loss, in the direction."""
+        for i, row, w, g in zip(self.moving, hessian, self.gradient_slopes, self.gradients[0], strict=True):
+            got = sum(_contract(entry, v) for entry, v in zip(row, self.direction, strict=True))
+            self._check_slope(f"the derivative of the gradient with respect to {self.names[i]}", got, w, g)
+
+    def _check_slope(self, name: str, got: Any, want: Any, value: Any) -> None:
+        # The direction is as large as the inputs, so values and derivatives are of one size, and share rounding errors.
+        size = float(np.max(np.abs(_wide(value)), where=np.isfinite(_wide(value)), initial=0.0))
+        tolerance = self._slope_tolerance(value.dtype)
+        _check_close(f"{name}, in a random direction,", got, want, tolerance, scale=size, atol=self.atol, dtype=False)
+
+    def check_transformed(
+        self,
+        flat: Flat,
+        inputs: Sequence[Any],
+        examples: Sequence[int] | np.ndarray[Any, Any] | None = None,
+        *,
+        dtype: bool = True,
+    ) -> None:
+        """Values of a transformed function, over a batch of examples if any are given, and gradients through it."""
+        shape = np.shape(examples) if examples is not None else ()
+        numbers = np.ravel(examples) if examples is not None else [0]
+
+        def expected(per_example: Sequence[Arrays]) -> Arrays:
+            stacked = _stack([per_example[k] for k in numbers])
+            return [x.reshape(*shape, *x.shape[1:]) for x in stacked]
+
+        values, gradients = jax.jit(self.with_gradient(flat, batch_dims=len(shape)))(*inputs)
+        self.check_values(values, expected(self.values), dtype=dtype)
+        if self.has_gradient:
+            self.check_gradients(gradients, expected(self.gradients), dtype=dtype)
+
+
+def check_arrays(what: str, tree: Any) -> None:
+    """TypeError that says where in the tree there is something else."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            where = jax.tree_util.keystr(path) or "the top"
+            raise TypeError(
+                f"assert_transform_invariant: {what}, at {where}, must be an array, got {leaf!r:.80}; "
+                "close over what is none"
+            )
+
+
+def _succeeds(run: Callable[[], Any]) -> bool:
+    try:
+        run()
+    except Exception:
+        return False
+    return True
+
+
+def _contract(derivative: Any, direction: Any) -> np.ndarray[Any, Any]:
+    return np.tensordot(_wide(derivative), _wide(direction), np.ndim(direction))
+
+
+@contextlib.contextmanager
+def _says(which: str) -> Generator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{which}: {describe(error)}") from error
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if isinstance(error, AssertionError) else f"{type(error).__name__}: {line:.200}"
+
+
+# -------------------------------------------------------------------------------------------------- the transformations
+
+TRANSFORMATIONS: dict[str, Callable[[Subject], None]] = {}
+
+
+def _transformation(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
+    TRANSFORMATIONS[check.__name__.strip("_")] = check
+    return check
+
+
+def _derivative(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
+    def checked(subject: Subject) -> None:
+        subject.need_derivative()
+        check(subject)
+
+    TRANSFORMATIONS[check.__name__.strip("_")] = checked
+    return checked
+
+
+@_transformation
+def _jit(s: Subject) -> None:
+    s.check_values(jax.jit(s.flat)(*s.inputs), s.values[0])
+
+
+@_transformation
+def _vmap(s: Subject) -> None:
+    """Over the last axes, and over the first argument alone; the leading axes are those of `nested_vmap`."""
+
+    def last(*batch: Any) -> Arrays:
+        outputs = jax.vmap(s.flat, in_axes=-1, out_axes=-1)(*[jnp.moveaxis(x, 0, -1) for x in batch])
+        return [jnp.moveaxis(y, -1, 0) for y in outputs]
+
+    with _says("with in_axes=-1 and out_axes=-1"):
+        s.check_transformed(last, _stack(s.examples), range(_EXAMPLES))
+    others = s.inputs[1:]
+    with _says(f"over {s.names[0]} alone"):
+        over_first = jax.jit(jax.vmap(s.flat, in_axes=(0, *[None] * len(others))))
+        want = [s.flat(example[0], *others) for example in s.examples]
+        s.check_values(over_first(jnp.stack([example[0] for example in s.examples]), *others), _stack(want))
+
+
+@_transformation
+def _nested_vmap(s: Subject) -> None:
+    numbers = np.add.outer(np.arange(2), np.arange(_EXAMPLES)) % _EXAMPLES
+    batch, want = ([x[numbers] for x in _stack(per_example)] for per_example in (s.examples, s.values))
+    s.check_values(jax.jit(jax.vmap(jax.vmap(s.flat), in_axes=1, out_axes=1))(*batch), want)
+
+
+@_derivative
+def _grad(s: Subject) -> None:
+    s.check_gradient_slopes(s.gradients[0])
+
+
+@_derivative
+def _value_and_grad(s: Subject) -> None:
+    loss = s.loss_of(s.flat)
+    value, gradients = jax.jit(jax.value_and_grad(loss, s.moving))(*s.inputs)
+    want = jnp.asarray(_inner(s.weights, _real(s.values[0])), value.dtype)
+    size = _inner([np.abs(w) for w in s.weights], [np.abs(_wide(y)) for y in _real(s.values[0])])
+    tolerance = max(s.tolerance(y.dtype) for y in s.values[0])
+    _check_close("the weighted sum of the outputs", value, want, tolerance, scale=size, atol=s.atol)
+    s.check_gradient_slopes(gradients)
+
+
+@_derivative
+def _jvp(s: Subject) -> None:
+    values, tangents = jax.jit(lambda xs, vs: jax.jvp(s.real, xs, vs))(tuple(s.take(s.inputs)), tuple(s.direction))
+    _check_real_values(s, values)
+    s.check_tangents(tangents)
+
+
+@_derivative
+def _vjp(s: Subject) -> None:
+    def run(*moving: Any) -> tuple[Arrays, Any]:
+        values, pull = jax.vjp(s.real, *moving)
+        return values, pull([jnp.asarray(w, y.dtype) for w, y in zip(s.weights, values, strict=True)])
+
+    values, gradients = jax.jit(run)(*s.take(s.inputs))
+    _check_real_values(s, values)
+    s.check_gradient_slopes(gradients)
+
+
+@_derivative
+def _linearize(s: Subject) -> None:
+    def run(moving: Any, direction: Any) -> tuple[Arrays, Arrays]:
+        values, push = jax.linearize(s.real, *moving)
+        return values, push(*direction)
+
+    values, tangents = jax.jit(run)(s.take(s.inputs), s.direction)
+    _check_real_values(s, values)
+    s.check_tangents(tangents)
+
+
+def _check_real_values(s: Subject, values: Sequence[Any]) -> None:
+    for name, got, want in zip(s.real_output_names, values, _real(s.values[0]), strict=True):
+        _check_close(name, got, want, s.tolerance(want.dtype), atol=s.atol)
+
+
+@contextlib.contextmanager
+def _mixed_dtypes(f: Flat) -> Generator[Flat]:
+    """JAX's Jacobians mix the dtypes of all arguments, which strict promotion forbids: have it inside f alone."""
+    config: Any = jax.config
+    mode = config.jax_numpy_dtype_promotion
+
+    def in_its_mode(*inputs: Any) -> Arrays:
+        with jax.numpy_dtype_promotion(mode):
+            return f(*inputs)
+
+    with jax.numpy_dtype_promotion("standard"):
+        yield in_its_mode
+
+
+def _check_jacobian(s: Subject, transform: Callable[..., Any]) -> None:
+    with _mixed_dtypes(s.real) as real:
+        jacobian = jax.jit(transform(real, tuple(range(len(s.moving)))))(*s.take(s.inputs))
+    s.check_tangents([sum(_contract(d, v) for d, v in zip(row, s.direction, strict=True)) for row in jacobian])
+
+
+@_derivative
+def _jacfwd(s: Subject) -> None:
+    _check_jacobian(s, jax.jacfwd)
+
+
+@_derivative
+def _jacrev(s: Subject) -> None:
+    _check_jacobian(s, jax.jacrev)
+
+
+@_derivative
+def _hessian_fwd_over_rev(s: Subject) -> None:
+    with _mixed_dtypes(s.flat) as flat:
+        s.check_hessian(jax.jit(jax.hessian(s.loss_of(flat), s.moving))(*s.inputs))
+
+
+@_derivative
+def _hessian_rev_over_rev(s: Subject) -> None:
+    with _mixed_dtypes(s.flat) as flat:
+        s.check_hessian(jax.jit(jax.jacrev(jax.grad(s.loss_of(flat), s.moving), s.moving))(*s.inputs))
+
+
+@_transformation
+def _checkpoint(s: Subject) -> None:
+    s.check_transformed(jax.checkpoint(s.flat), s.inputs)
+
+
+@_transformation
+def _scan(s: Subject) -> None:
+    def scan(*batch: Any) -> Arrays:
+        return lax.scan(lambda step, xs: (step + 1, s.flat(*xs)), 0, batch)[1]
+
+    s.check_transformed(scan, _stack(s.examples), range(_EXAMPLES))
+
+
+@_transformation
+def _while_loop(s: Subject) -> None:
+    """Values, and the derivative in forward mode, which is the only one that JAX has for this loop."""
+
+    def loop(*batch: Any) -> Arrays:
+        def body(state: Any) -> Any:
+            k, outputs = state
+            new = s.flat(*[lax.dynamic_index_in_dim(x, k, keepdims=False) for x in batch])
+            return k + 1, [lax.dynamic_update_index_in_dim(ys, y, k, 0) for ys, y in zip(outputs, new, strict=True)]
+
+        start = [jnp.zeros((_EXAMPLES, *y.shape), y.dtype) for y in s.values[0]]
+        return lax.while_loop(lambda state: state[0] < _EXAMPLES, body, (jnp.int32(0), start))[1]
+
+    def first(*moving: Any) -> Arrays:
+        batch = _stack([s.put(moving), *s.examples[1:]])
+        return [y[0] for y in _real(loop(*batch))]
+
+    def run(batch: Any, moving: Any, direction: Any) -> Any:
+        return loop(*batch), jax.jvp(first, moving, direction)[1] if s.has_tangents else []
+
+    values, tangents = jax.jit(run)(_stack(s.examples), tuple(s.take(s.inputs)), tuple(s.direction))
+    s.check_values(values, _stack(s.values))
+    if s.has_tangents:
+        s.check_tangents(tangents)
+
+
+@_transformation
+def _cond(s: Subject) -> None:
+    def other(*inputs: Any) -> Arrays:
+        del inputs
+        return [jnp.zeros(y.shape, y.dtype) for y in s.values[0]]
+
+    def chosen(*inputs: Any) -> Arrays:
+        # Behind a barrier, or the branch would be chosen before the program runs.
+        return lax.cond(lax.optimization_barrier(jnp.asarray(True)), s.flat, other, *inputs)
+
+    s.check_transformed(chosen, s.inputs)
+
+
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()), ("devices",))
+
+
+@_transformation
+def _shard_map(s: Subject) -> None:
+    """One example on each device."""
+    mesh = _mesh()
+    numbers = np.arange(mesh.size) % _EXAMPLES
+    batch = _stack([s.examples[k] for k in numbers])
+    spec = PartitionSpec("devices")
+
+    def on_device(*inputs: Any) -> Arrays:
+        return [y[None] for y in s.flat(*[x[0] for x in inputs])]
+
+    s.check_transformed(jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec), batch, numbers)
+
+
+@_transformation
+def _named_sharding(s: Subject) -> None:
+    """Each input split along the first axis that the number of devices divides, or else on all devices."""
+    mesh = _mesh()
+
+    def put(x: Any) -> Any:
+        axes = [axis for axis, n in enumerate(x.shape) if n and n % mesh.size == 0]
+        spec = PartitionSpec(*[None] * axes[0], "devices") if axes else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    s.check_transformed(s.flat, [put(x) for x in s.inputs])
+
+
+@_transformation
+def _eval_shape(s: Subject) -> None:
+    _check_shapes(s)
+
+
+def _check_shapes(s: Subject) -> None:
+    shapes = jax.eval_shape(s.flat, *s.inputs)
+    _check_count(shapes, s.values[0])
+    for name, got, want in zip(s.output_names, shapes, s.values[0], strict=True):
+        _check_shape(name, got, want)
+
+
+@_transformation
+def _make_jaxpr(s: Subject) -> None:
+    run = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(s.flat)(*s.inputs))
+    s.check_values(jax.jit(run)(*s.inputs), s.values[0])
+
+
+@_transformation
+def _aot(s: Subject) -> None:
+    """Lowered and compiled for shapes alone."""
+    compiled = jax.jit(s.flat).lower(*map(_shape_of, s.inputs)).compile()
+    s.check_values(compiled(*s.inputs), s.values[0])
+
+
+@_transformation
+def _export(s: Subject) -> None:
+    """Through serialized StableHLO and back, with the gradient."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise NotApplicable("flatbuffers, which jax.export needs to serialize, is not installed")
+    exported = jax.export.export(jax.jit(s.flat))(*map(_shape_of, s.inputs))
+    loaded = jax.export.deserialize(exported.serialize(vjp_order=int(s.has_gradient)))
+    s.check_transformed(lambda *inputs: list(loaded.call(*inputs)), s.inputs)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _nnx() -> Any:
+    if importlib.util.find_spec("flax") is None:
+        raise NotApplicable("flax is not installed")
+    from flax import nnx
+
+    return nnx
+
+
+@_transformation
+def _nnx_jit(s: Subject) -> None:
+    s.check_values(_nnx().jit(s.flat)(*s.inputs), s.values[0])
+
+
+@_derivative
+def _nnx_grad(s: Subject) -> None:
+    nnx = _nnx()
+    gradients = nnx.jit(nnx.grad(s.loss_of(s.flat), argnums=s.moving))(*s.inputs)
+    s.check_gradients(gradients, s.gradients[0])
+
+
+@_transformation
+def _enable_x64(s: Subject) -> None:
+    """With the inputs as they are, for dtypes, and with them in 64 bits."""
+    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # pyright: ignore
+    _ = s.has_gradient and s.gradients  # now, not within the mode
+    with enable(True):
+        _check_shapes(s)
+        with _says("with float64 arguments"):
+            s.check_transformed(s.flat, [_widened(x, jnp.float64) for x in s.inputs], dtype=False)
+
+
+def _trace(s: Subject) -> None:
+    """A mode that only can make tracing fail needs no compiling: the program, once traced, is the same."""
+    jax.make_jaxpr(s.flat)(*s.inputs)
+    if s.has_gradient:
+        jax.make_jaxpr(jax.grad(s.loss_of(s.flat), s.moving))(*s.inputs)
+
+
+@_transformation
+def _strict_dtype_promotion(s: Subject) -> None:
+    with jax.numpy_dtype_promotion("strict"):
+        _trace(s)
+
+
+@_transformation
+def _rank_promotion_raise(s: Subject) -> None:
+    with jax.numpy_rank_promotion("raise"):
+        _trace(s)
+
+
+@_transformation
+def _checking_leaks(s: Subject) -> None:
+    with jax.checking_leaks():
+        _trace(s)
+
+
+@_transformation
+def _debug_nans(s: Subject) -> None:
+    if any(np.isnan(_wide(y)).any() for y in s.values[0]):
+        raise NotApplicable("the value itself has a NaN")
+    with jax.debug_nans(True):
+        s.flat(*s.inputs)  # one operation at a time, which shows a NaN that is not kept
+        values, gradients = s.program(*s.inputs)
+    s.check_values(values, s.values[0])
+    if s.has_gradient:
+        s.check_gradients(gradients, s.gradients[0])

@@ -1,0 +1,81 @@
+"""Penalties on RMS norms, to be added to a loss: regularisers that mean the same at every width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rmsjax._checks import as_mapped, as_threshold
+from rmsjax._reduce import accumulator_dtype
+from rmsjax._tree import Grouping, Scope, group, measure
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree, Real
+
+
+def rms_penalty(
+    tree: PyTree,
+    target: float | Array = 1.0,
+    scope: Scope = "block",
+    kind: Literal["two_sided", "ceiling"] = "two_sided",
+    *,
+    axis_name: str | Sequence[str] | None = None,
+) -> Real[Array, ""]:
+    r"""The mean over all norms of $(\|x\|_{RMS} - \text{target})^2$, or of $\max(0, \|x\|_{RMS} - \text{target})^2$.
+
+    What doubling a tensor costs does not depend on its number of elements, so one coefficient holds a tensor, or an
+    activation, to a level at every width. A sum of squares (weight decay in the loss) grows with that number, and a
+    mean of squares knows no level but zero. The derivative is finite everywhere, and 0 for a tensor of zeros.
+
+    Args:
+        tree: parameters, activations: any pytree of floating or complex arrays.
+        target: the level, at least 0, in the unit of the tree.
+        scope: what shares a norm, see `rmsjax.Scope`; with axes, each entry that is kept counts as one norm.
+        kind: "two_sided" pulls norms to the target; "ceiling" leaves those below it alone.
+        axis_name: under `shard_map` or `pmap`, the mapped axes that the tree is split over, see `rmsjax.tree_rms`.
+
+    Returns:
+        A scalar, float32 (float64 if the tree has such leaves). Norms over no elements do not count; with no norm at
+        all it is 0.
+
+    Raises:
+        TypeError: target is not a number, or a leaf not floating.
+        ValueError: target is negative or NaN, kind is not one of the two; and what `tree_rms` raises for the scope.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rmsjax import rms_penalty
+        >>> params = {"w": jnp.full((2, 2), 3.0), "b": jnp.zeros(2)}
+        >>> print(rms_penalty(params), rms_penalty(params, kind="ceiling"))
+        2.5 2.0
+        >>> print(jax.grad(rms_penalty)(params)["w"][0])
+        [0.5 0.5]
+    """
+    name = "rms_penalty"
+    target = as_threshold(name, "target", target)
+    if kind not in ("two_sided", "ceiling"):
+        raise ValueError(f"{name}: kind must be 'two_sided' or 'ceiling', got {kind!r}")
+    grouping = group(name, tree, scope, kind=jnp.inexact)
+    norms = jax.tree.leaves(measure(grouping, as_mapped(name, axis_name)))
+    total = jnp.zeros((), accumulator_dtype(*(leaf.dtype for leaf in grouping.leaves)))
+    count = 0
+    for norm, counts in zip(norms, _with_elements(grouping), strict=True):
+        counts = np.broadcast_to(counts, norm.shape)
+        excess = norm - jnp.asarray(target, norm.dtype)
+        excess = jnp.maximum(excess, 0) if kind == "ceiling" else excess
+        total += jnp.sum(jnp.square(excess), where=counts)
+        count += int(counts.sum())
+    return total / max(count, 1)
+
+
+def _with_elements(grouping: Grouping) -> list[Any]:
+    """For each leaf of a `PerPool`, which of its norms are over some elements."""
+    filled = [any(grouping.leaves[i].size for i in pool.members) for pool in grouping.pools]
+    scalars = [f for f, pool in zip(filled, grouping.pools, strict=True) if pool.axes is None]
+    rows = [f for f, pool in zip(filled, grouping.pools, strict=True) if pool.axes is not None]
+    return [scalars, *rows] if scalars else rows

@@ -1,0 +1,55 @@
+"""Times as ratios: competitors take turns in one process, and only medians of one run are compared."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], *, repeats: int = 11, warm_up: int = 2) -> dict[str, float]:
+    """The median time of each call in milliseconds. In every round each has its turn, so that noise hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(warm_up + repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
+
+
+def recycled(fn: Callable[..., Any], *args: Any, outputs: Any) -> Callable[[], Any]:
+    """A call of fn(*args) that writes its outputs into those of the call before, by donation: no page faults."""
+
+    def with_buffers(buffers: Any, *args: Any) -> Any:
+        del buffers
+        return fn(*args)
+
+    jitted = jax.jit(with_buffers, donate_argnums=0, keep_unused=True)
+    kept = [jax.tree.map(lambda x: x + 0, outputs)]
+
+    def call() -> Any:
+        kept[0] = jitted(kept[0], *args)
+        return kept[0]
+
+    return call
+
+
+def compile_time(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """Seconds to trace, lower and compile, and the compiled program."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    compiled = jax.jit(fn).lower(*args).compile()
+    return time.perf_counter() - start, compiled
+
+
+def temporary(compiled: Any) -> float:
+    """The temporary memory of a compiled program in MB."""
+    return compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

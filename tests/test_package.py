@@ -1,0 +1,104 @@
+"""The package as a user meets it: imports, names, README, command line."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import rmsjax
+from rmsjax import __main__ as main_job
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def python(code):
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_import_is_light():
+    """Neither flax nor optax nor matplotlib, which most programs that measure a norm do not need."""
+    heavy = python("import rmsjax, sys; print(*{'flax', 'optax', 'matplotlib', 'sklearn'} & set(sys.modules))")
+    assert heavy.split() == []
+
+
+def test_every_name_resolves():
+    for name in dir(rmsjax):
+        assert getattr(rmsjax, name) is not None
+    with pytest.raises(AttributeError, match="module 'rmsjax' has no attribute 'rms_norm'"):
+        rmsjax.rms_norm  # noqa: B018
+
+
+def test_version_comes_from_one_place():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", rmsjax.__version__)
+    try:
+        installed = importlib.metadata.version("rmsjax")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("runs from a checkout that is not installed")
+    assert installed == rmsjax.__version__
+
+
+def code_blocks():
+    return re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.mark.parametrize("index", range(len(code_blocks())))
+def test_readme_code_runs(index):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(code_blocks()[index], {"__name__": "readme"})
+
+
+def test_readme_has_the_two_commands():
+    assert re.findall(r"^pip install .*", README, re.M) == [
+        "pip install '.[demo]' && python -m rmsjax",
+        "pip install '.[test]' && python -m pytest",
+    ]
+
+
+def test_readme_names_exist():
+    homes = (rmsjax, rmsjax.probe, rmsjax.geometry, rmsjax.plot, rmsjax.testing)
+    names = re.findall(r"`(?:rmsjax\.)?(?:probe\.|plot\.)?(\w+)\(", README)
+    assert [name for name in names if not any(hasattr(home, name) for home in homes) and name != "help"] == []
+
+
+def test_main_job(tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    assert main_job.main(["--widths", "8", "16", "--steps", "25", "--out", str(picture)]) == 0
+    out, err = capsys.readouterr()
+    assert "RMS 8" in out
+    assert "L2 16" in out
+    assert re.search(r"test accuracy\s+\d+\.\d%\s+\d+\.\d%", out)
+    assert "50/50" in err  # the bar reached its end
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--widths", "64"], "expected two or more different widths, got [64]"),
+        (["--widths", "64", "64"], "expected two or more different widths"),
+        (["--widths", "0", "64"], "0 is not a positive number"),
+        (["--steps", "many"], "invalid positive value: 'many'"),
+        (["--seed", "-1"], "argument --seed: -1 is negative"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--out", "/no/such/folder/picture.png"], "argument --out: no folder /no/such/folder"),
+    ],
+)
+def test_bad_arguments_give_one_line_and_exit_code_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main_job.main(argv)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_missing_extra_says_how_to_install_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert main_job.main([]) == 2
+    assert "needs sklearn: pip install 'rmsjax[demo]'" in capsys.readouterr().err
