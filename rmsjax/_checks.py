@@ -17,17 +17,24 @@ from jax import Array
 
 from rmsjax._reduce import Mapped
 
+_KINDS = {
+    jnp.bool_: "booleans",
+    jnp.number: "numbers",
+    jnp.floating: "floating-point numbers",
+    jnp.complexfloating: "complex numbers",
+    jnp.inexact: "floating-point or complex numbers",
+}
+
 
 def as_numeric(function: str, argument: str, x: Any, *, kind: Any = jnp.number, hint: str = "") -> Array:
-    """x as an array; TypeError unless its dtype is of the kind (numbers, or only inexact ones)."""
-    wanted = "numbers" if kind is jnp.number else "floating-point or complex numbers"
-    dtype = getattr(x, "dtype", None)
+    """x as an array; TypeError unless its dtype is of the kind, one of `_KINDS`."""
+    dtype = None if isinstance(x, jax.ShapeDtypeStruct) else getattr(x, "dtype", None)
     if dtype is None and isinstance(x, (bool, int, float, complex, list, tuple)):
         with contextlib.suppress(ValueError):  # a ragged list
             dtype = np.asarray(x).dtype
     if dtype is None or not jnp.issubdtype(dtype, kind):
         got = f"dtype {dtype}" if dtype is not None else f"{x!r:.80}"
-        raise TypeError(f"{function}: {argument} must be an array of {wanted}, got {got}.{hint}")
+        raise TypeError(f"{function}: {argument} must be an array of {_KINDS[kind]}, got {got}.{hint}")
     return jnp.asarray(x)
 
 
@@ -40,6 +47,8 @@ def as_axes(
         return tuple(range(ndim))
     given: tuple[Any, ...] = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     try:
+        if any(isinstance(a, bool) for a in given):
+            raise TypeError
         given = tuple(operator.index(a) for a in given)
     except TypeError:
         raise TypeError(f"{function}: {argument} must be an integer or a tuple of integers, got {axis!r}") from None
@@ -56,8 +65,11 @@ def as_axes(
 
 def as_mapped(function: str, axis_name: str | Sequence[str] | None, groups: Any = None) -> Mapped:
     """The mapped axes of an `axis_name` argument; ValueError for one that is not bound here."""
-    names = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    names: tuple[Any, ...] = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    names = () if axis_name is None else names
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{function}: axis_name must be a string or a tuple of strings, got {axis_name!r:.80}")
         try:
             jax.lax.axis_index(name)
         except NameError:
@@ -72,17 +84,15 @@ def as_mapped(function: str, axis_name: str | Sequence[str] | None, groups: Any 
     return Mapped(names, tuple(tuple(group) for group in groups))
 
 
-def as_mask(function: str, where: Any, shape: tuple[int, ...]) -> Array | None:
+def as_mask(function: str, where: Any, shape: tuple[int, ...], *, argument: str = "where") -> Array | None:
     """A `where` argument as an array of booleans of the given shape."""
     if where is None:
         return None
-    dtype, given = jnp.asarray(where).dtype, jnp.shape(where)
-    if dtype != jnp.bool_:
-        raise TypeError(f"{function}: where must be an array of booleans, got dtype {dtype}; write where != 0")
-    missing = len(shape) - len(given)
-    if missing < 0 or any(g not in (1, s) for g, s in zip(given, shape[missing:], strict=True)):
-        raise ValueError(f"{function}: where must broadcast to the shape of x, {shape}, got shape {given}")
-    return jnp.broadcast_to(jnp.reshape(where, (1,) * missing + given), shape)
+    where = as_numeric(function, argument, where, kind=jnp.bool_, hint=f" From numbers make one by {argument} != 0.")
+    missing = len(shape) - where.ndim
+    if missing < 0 or any(g not in (1, s) for g, s in zip(where.shape, shape[missing:], strict=True)):
+        raise ValueError(f"{function}: {argument} must broadcast to the shape of x, {shape}, got shape {where.shape}")
+    return jnp.broadcast_to(where.reshape((1,) * missing + where.shape), shape)
 
 
 def as_number(function: str, argument: str, value: Any, *, least: float = -math.inf) -> float:
@@ -109,11 +119,14 @@ def as_full_rank(function: str, argument: str, value: Array, shape: tuple[int, .
 
 
 def as_threshold(function: str, argument: str, value: Any) -> Any:
-    """A number that is at least 0; a traced one is taken as it is."""
+    """A number that is at least 0; a traced one, of which nothing is known, is brought to at least 0 (or stays NaN).
+
+    A schedule that runs below zero would otherwise turn the sign of what it scales.
+    """
     if isinstance(value, jax.core.Tracer):
-        return value
+        return jnp.where(value < 0, 0, value)  # not `maximum`, whose derivative at 0 is 1/2
     array = np.asarray(value)
-    if array.ndim or array.dtype == np.bool_ or not jnp.issubdtype(array.dtype, jnp.number):
+    if array.ndim or not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{function}: {argument} must be a number, got {value!r:.80}")
     if not array >= 0:
         raise ValueError(f"{function}: {argument} must be at least 0, got {value}")
@@ -122,8 +135,9 @@ def as_threshold(function: str, argument: str, value: Any) -> Any:
 
 def as_result_dtype(function: str, dtype: Any, x: Array) -> np.dtype[Any]:
     """The dtype of a result; that of x for None."""
-    result = np.dtype(x.dtype if dtype is None else dtype)
     kind = jnp.complexfloating if jnp.iscomplexobj(x) else jnp.floating
-    if not jnp.issubdtype(result, kind):
-        raise TypeError(f"{function}: dtype must be a {kind.__name__} type for x of dtype {x.dtype}, got {result}")
-    return result
+    with contextlib.suppress(TypeError):  # no name of a dtype
+        result = np.dtype(x.dtype if dtype is None else dtype)
+        if jnp.issubdtype(result, kind):
+            return result
+    raise TypeError(f"{function}: dtype must be one of {_KINDS[kind]} for x of dtype {x.dtype}, got {dtype!r}")

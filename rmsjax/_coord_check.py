@@ -47,7 +47,7 @@ class Slopes(NamedTuple):
     high: Float[np.ndarray, "steps layers"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class WidthRecord:
     r"""The RMS norms of the activations of a model at several widths, and what they say about its parametrisation.
 
@@ -66,6 +66,10 @@ class WidthRecord:
     output of a muP model, which starts near 0, is meant to shrink towards its change. `verdict` is the first in this
     list that any layer has. A layer is `doubtful` if its verdict would be another at one end of its interval, as
     happens with few or noisy seeds (always with a single one); more seeds make the interval smaller.
+
+    Seeds do not show what small widths do: there, random parts that vanish like $\text{width}^{-1/2}$ still weigh, and
+    the slopes of a right model lean towards -1/2, most of all attention scores and a readout that starts at random.
+    Wider models tell, and so does a readout, and query kernels, that start at 0 (appendix D.2 of arXiv 2203.03466).
 
     Attributes:
         layers: the names of the activations.
@@ -143,7 +147,7 @@ class WidthRecord:
 
     # ---------------------------------------------------------------------------------------------------------- output
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         judged: list[tuple[str, Quantity, int]] = [("RMS, step 0", "rms", 0)]
         if self.steps:
             judged.append((f"RMS, step {self.steps}", "rms", -1))
@@ -157,7 +161,7 @@ class WidthRecord:
         return "\n".join(
             [
                 f"slopes of log RMS against log width, mean over {_counted(len(self.seeds), 'seed')} ± 95 % interval",
-                f"widths {', '.join(map(str, self.widths))}; {_counted(self.steps, 'step')} of training",
+                f"widths {', '.join(map(str, self.widths))}, {_counted(self.steps, 'step')} of training",
                 "",
                 *text_table(rows),
                 "",

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.nn import initializers
 
-from rmsjax._checks import as_axes, as_mapped
+from rmsjax._checks import as_axes, as_mapped, as_numeric
 from rmsjax._norm import normalize
 
 Axes = int | Sequence[int]
@@ -64,12 +65,25 @@ def apply_layer(
         where=mask,
         mapped=as_mapped("RMSNorm", axis_name, axis_index_groups),
         dtype=dtype,
+        axis_argument="reduction_axes",
+        where_argument="mask",
     )
+
+
+def as_features(num_features: Any) -> tuple[int, ...]:
+    """The sizes of the feature axes."""
+    given: tuple[Any, ...] = tuple(num_features) if isinstance(num_features, (tuple, list)) else (num_features,)
+    integers = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in given)
+    if not integers:
+        raise TypeError(f"RMSNorm: num_features must be an integer or a tuple of integers, got {num_features!r:.80}")
+    if not given or min(given) < 1:
+        raise ValueError(f"RMSNorm: num_features must be at least 1, got {num_features!r}")
+    return tuple(int(n) for n in given)
 
 
 def check_features(x: Any, num_features: Sequence[int], feature_axes: Axes) -> None:
     """ValueError that names both sizes and the axis if the scale does not fit x."""
-    shape = jnp.shape(x)
+    shape = as_numeric("RMSNorm", "x", x).shape
     axes = as_axes("RMSNorm", feature_axes, shape, argument="feature_axes")
     found = tuple(shape[a] for a in axes)
     if found != tuple(num_features):

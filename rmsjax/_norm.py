@@ -45,7 +45,9 @@ def _masked(x: Array, where: Array | None, axes: tuple[int, ...], mapped: Mapped
     if where is None:
         return x, None
     x = jnp.where(where, x, jnp.zeros((), x.dtype))
-    kept = mapped.over(x).psum(jnp.sum(where, axes, keepdims=True, dtype=jnp.uint32))
+    kept = jnp.sum(where, axes, keepdims=True, dtype=jnp.uint32)
+    over_x, over_kept = mapped.over(x), mapped.over(kept)  # a mask may be the same on devices that x is split over
+    kept = over_kept.psum(kept) * (over_x.shards() // over_kept.shards())
     return x, PerPool(None, (kept.astype(accumulator_dtype(x.dtype)),))
 
 
@@ -96,7 +98,7 @@ def rms(
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467), section 4.
     """
-    x = as_numeric("rms", "x", x)
+    x = as_numeric("rms", "x", x, hint="" if hasattr(x, "dtype") else " For a tree of arrays there is tree_rms.")
     axes = as_axes("rms", axis, x.shape)
     _check_extent("rms", x.shape, axes)
     where = as_mask("rms", where, x.shape)
@@ -154,8 +156,8 @@ def rms_normalize(
     Example:
         >>> import jax.numpy as jnp
         >>> from rmsjax import rms_normalize
-        >>> print(rms_normalize(jnp.array([3.0, 4.0]), epsilon=0))
-        [0.8485281 1.1313709]
+        >>> print(rms_normalize(jnp.array([2.0, -2.0]), epsilon=0))
+        [ 1. -1.]
         >>> print(rms_normalize(jnp.array([1e30, -1e30]), jnp.array([1.0, 0.5])))
         [ 1.  -0.5]
 
@@ -179,10 +181,12 @@ def normalize(
     where: Any,
     mapped: Mapped,
     dtype: Any,
+    axis_argument: str = "axis",
+    where_argument: str = "where",
 ) -> Array:
-    """`rms_normalize` with a scale for other axes than those it pools, under the name that its errors go by."""
+    """`rms_normalize` with a scale for other axes than those it pools, under the names that its errors go by."""
     x = as_numeric(function, "x", x, kind=jnp.inexact, hint=" Cast integers first: x.astype(jnp.float32).")
-    axes = as_axes(function, axis, x.shape)
+    axes = as_axes(function, axis, x.shape, argument=axis_argument)
     _check_extent(function, x.shape, axes)
     if scale is not None:
         features = as_axes(function, feature_axes, x.shape, argument="feature_axes")
@@ -198,7 +202,7 @@ def normalize(
         as_result_dtype(function, dtype, x),
         mapped,
     )
-    return _normalize(x, scale, as_mask(function, where, x.shape), spec)
+    return _normalize(x, scale, as_mask(function, where, x.shape, argument=where_argument), spec)
 
 
 class _Spec(NamedTuple):

@@ -99,13 +99,13 @@ def _barrier(values: T) -> T:
 
 
 def split_ratio(numerator: Array | float, denominator: Array) -> tuple[Array, Array]:
-    """(a, b), normal numbers with x*a*b = x*numerator/denominator; b = 0 where the denominator is 0.
+    """(a, b), normal numbers with x*a*b = x*numerator/denominator; b = 0 where either is 0.
 
     The ratio itself can be subnormal, which XLA flushes to zero (1/rho for rho > 2^126 in float32), or overflow: then
     `a` is the smallest normal number or its inverse. An x that this `a` flushes to 0 is one that the ratio would too.
     """
     tiny = float(jnp.finfo(denominator.dtype).tiny)
-    nonzero = denominator != 0
+    nonzero = (denominator != 0) & (numerator != 0)  # 0 is no ratio to scale by: denominator * tiny may be 0 too
     safe = jnp.where(nonzero, denominator, 1)
     ratio = numerator / safe
     a = jnp.where(ratio < tiny, tiny, jnp.where(ratio > 1 / tiny, 1 / tiny, 1)).astype(denominator.dtype)
@@ -181,9 +181,11 @@ class Mapped(NamedTuple):
     def over(self, x: Array) -> Mapped:
         """Only the axes to sum x over: those it varies over where JAX tracks that, else all, as the caller said.
 
-        Whether JAX tracks is not public, but the index along an axis varies over it by definition, so it tells.
+        Whether JAX tracks is not public, but the index along an axis varies over it by definition, so it tells; only
+        of axes of a mesh, since arrays never vary over the axis of a vmap.
         """
-        names = (n for n in self.names if n in _varying(x) or n not in _varying(lax.axis_index(n)))
+        tracks = jax.sharding.get_abstract_mesh().axis_names
+        names = (n for n in self.names if n in _varying(x) or n not in tracks or n not in _varying(lax.axis_index(n)))
         return self._replace(names=tuple(names))
 
     def shards(self) -> int:

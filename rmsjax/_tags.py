@@ -85,9 +85,9 @@ def _tag_jvp(primals: Any, tangents: Any, *, mark: Mark) -> Any:
     return _tag_p.bind(x, mark=mark), t
 
 
-def _tangent_transpose(ct: Any, t: Any, *, mark: Mark) -> Any:
-    del t
-    return [ct if isinstance(ct, ad.Zero) else _tag_p.bind(ct, mark=mark._replace(cotangent=True))]
+def _transpose(ct: Any, x: Any, *, mark: Mark) -> Any:
+    del x
+    return [ct if mark.cotangent or isinstance(ct, ad.Zero) else _tag_p.bind(ct, mark=mark._replace(cotangent=True))]
 
 
 for _primitive in (_tag_p, _tangent_p):
@@ -95,9 +95,9 @@ for _primitive in (_tag_p, _tangent_p):
     _primitive.def_abstract_eval(lambda x, *, mark: x)
     mlir.register_lowering(_primitive, lambda ctx, x, *, mark: [x])
     batching.primitive_batchers[_primitive] = _batch(_primitive)
+    ad.primitive_transposes[_primitive] = _transpose
 ad.primitive_jvps[_tag_p] = _tag_jvp
 ad.primitive_jvps[_tangent_p] = lambda primals, tangents, *, mark: (_tangent_p.bind(*primals, mark=mark), *tangents)
-ad.primitive_transposes[_tangent_p] = _tangent_transpose
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

@@ -78,7 +78,7 @@ def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number) -> 
     given, treedef = jax.tree.flatten(tree)
     paths = leaf_paths(tree)
     leaves = [
-        as_numeric(function, f"leaf {path!r}", leaf, kind=kind, hint=_leaf_hint(leaf))
+        as_numeric(function, f"leaf {path!r}" if path else "the tree", leaf, kind=kind, hint=_leaf_hint(leaf))
         for path, leaf in zip(paths, given, strict=True)
     ]
     if isinstance(scope, str):

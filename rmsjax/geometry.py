@@ -164,8 +164,8 @@ def rotation_between(x: Float[ArrayLike, " n"], y: Float[ArrayLike, " n"]) -> Fl
     r"""The rotation R with $Rx/\|x\| = y/\|y\|$ in the plane of x and y: what is orthogonal to the plane stays.
 
     The reason why Theorem 1 holds: rotations carry x to every y of the same length, so an invariant f is constant on
-    spheres. With a = x/‖x‖, b = y/‖y‖ and the unit vector h along a + b it is $(2hh^T - I)(2aa^T - I)$, the product of
-    two half-turns.
+    spheres. With orthogonal unit vectors a, w in the plane, a = x/‖x‖, and y = ‖y‖(c a + s w), it is
+    $I + (c - 1)(aa^T + ww^T) + s(wa^T - aw^T)$.
 
     Args:
         x: a vector other than zero.
@@ -186,8 +186,7 @@ def rotation_between(x: Float[ArrayLike, " n"], y: Float[ArrayLike, " n"]) -> Fl
         >>> bool(jnp.allclose(R, jnp.array([[0.0, -1.0], [1.0, 0.0]]), atol=1e-6))
         True
 
-    Source: Cartan's theorem, every rotation of a plane is the product of two reflections (Artin, Geometric Algebra,
-    section III.4).
+    Source: Golub and Van Loan, Matrix Computations, section 5.1.8 (Givens rotations), in the basis a, w.
     """
     x = as_numeric("rotation_between", "x", x, kind=jnp.floating)
     y = as_numeric("rotation_between", "y", y, kind=jnp.floating)
@@ -195,11 +194,14 @@ def rotation_between(x: Float[ArrayLike, " n"], y: Float[ArrayLike, " n"]) -> Fl
         raise ValueError(f"rotation_between: x and y must be vectors of one shape, got {x.shape} and {y.shape}")
     n = x.shape[0]
     a, b = rms_normalize(x, epsilon=0), rms_normalize(y, epsilon=0)
-    aside = _reject(jax.nn.one_hot(jnp.argmin(jnp.abs(a)), n, dtype=a.dtype), a)
-    opposite = rms(a + b) < 8 * jnp.finfo(a.dtype).eps
-    h = rms_normalize(jnp.where(opposite, aside, a + b), epsilon=0)
-    haa, hh, aa = jnp.outer(h, a) * jnp.mean(h * a), jnp.outer(h, h), jnp.outer(a, a)
-    return jnp.eye(n, dtype=a.dtype) + (4 * haa - 2 * hh - 2 * aa) / n
+    toward_b = _reject(b, a)
+    elsewhere = jax.nn.one_hot(jnp.argmin(jnp.abs(a)), n, dtype=a.dtype)
+    w = jnp.where(rms(toward_b) > 8 * jnp.finfo(a.dtype).eps, toward_b, elsewhere)
+    for _ in range(2):  # once more, since what is left of a after one time is not small where b is nearly a or -a
+        w = rms_normalize(_reject(w, a), epsilon=0)
+    cosine, sine = jnp.mean(a * b), jnp.mean(w * b)
+    stretched = (cosine - 1) * (jnp.outer(a, a) + jnp.outer(w, w))
+    return jnp.eye(n, dtype=a.dtype) + (stretched + sine * (jnp.outer(w, a) - jnp.outer(a, w))) / n
 
 
 # ------------------------------------------------------------------------------------------------- theorems 1 and 2

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import nnx
 
-from rmsjax._layer import Axes, RejectsInertArguments, apply_layer, check_features, scale_initializer
+from rmsjax._layer import Axes, RejectsInertArguments, apply_layer, as_features, check_features, scale_initializer
 
 if TYPE_CHECKING:
     from jax import Array
@@ -75,7 +75,7 @@ class RMSNorm(RejectsInertArguments, nnx.Module):
         rngs: nnx.Rngs,
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+        shape = as_features(num_features)
         self.scale: nnx.Param[Any] | None
         if use_scale:
             init = scale_initializer(scale_init, scale_offset)

@@ -2,13 +2,14 @@
 
 Draws what `coord_check`, `compare_widths` or a training loop recorded, and computes nothing. Lines differ in colour
 (Okabe and Ito's, which colour-blind people can tell apart), in marker and in dashes, so they survive a black-and-white
-print. Figures are made without pyplot, so none stays open.
+print. Figures are made without pyplot, so none stays open; a notebook shows one that a cell ends with.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
+    from matplotlib.lines import Line2D
 
     from rmsjax._coord_check import WidthRecord
 
@@ -62,17 +64,18 @@ def coord_check(
     if not shown or not all(0 <= step <= record.steps for step in shown):
         raise ValueError(f"plot.coord_check: steps must be some of 0 to {record.steps}, got {shown}")
     means, slopes = record.over_seeds(quantity), record.slopes(quantity)
-    figure, panels = _panels(len(shown), len(record.layers))
-    for panel, step in zip(panels, shown, strict=True):
-        _over_width(panel, record, means[:, step])
-        panel.set_title(f"step {step}")
-    at = shown[-1]
-    ends = zip(slopes.mean[at], slopes.high[at], strict=True)
-    labels = _columns(record.layers, [f"{mean:+z.2f} ±{high - mean:.2f}" for mean, high in ends])
+    lines, at = _distinct(record.layers, np.moveaxis(means, -1, 0)), shown[-1]
+    ends = [(slopes.mean[at, k], slopes.high[at, k]) for k in lines.values()]
+    labels = _columns(lines, [f"{mean:+z.2f} ±{high - mean:.2f}" for mean, high in ends])
+    figure, panels = _panels(len(shown), labels)
+    chosen = means[:, :, list(lines.values())]
+    drawn = [
+        _over_width(panel, record, chosen[:, step], f"step {step}") for panel, step in zip(panels, shown, strict=True)
+    ]
     _widen(panels[0])
     figure.supylabel(_NAMES[quantity])
     figure.suptitle(f"verdict: {record.verdict}")
-    _legend_beside(figure, panels[0], labels, f"slope at step {at}")
+    _legend_beside(figure, drawn[0], labels, f"slope at step {at}")
     return figure
 
 
@@ -104,17 +107,20 @@ def over_training(
         >>> rmsjax.plot.over_training(history).savefig("training.png")  # doctest: +SKIP
     """
     taken, values = _checked("plot.over_training", history, steps)
-    figure, ax, own = _axes(ax, len(values))
-    for style, row in zip(_styles(), values, strict=False):
-        ax.plot(taken, row, **style, markevery=max(1, len(taken) // 12))
-    ax.set_yscale("log" if np.any(values > 0) else "linear")
+    lines = _distinct(list(history), values)
+    figure, ax, own = _axes(ax, list(lines))
+    drawn = [
+        ax.plot(taken, values[k], **style, markevery=max(1, len(taken) // 12))[0]
+        for style, k in zip(_styles(), lines.values(), strict=False)
+    ]
+    _log_scale(ax, values)
     ax.set_xlabel("step")
     ax.set_ylabel(ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if own is not None:
-        _legend_beside(own, ax, list(history))
+        _legend_beside(own, drawn, list(lines))
     else:
-        ax.legend(ax.get_lines()[-len(values) :], list(history), fontsize="small")
+        ax.legend(drawn, list(lines), fontsize="small")
     return figure
 
 
@@ -145,7 +151,7 @@ def layer_by_step(
         >>> rmsjax.plot.layer_by_step(history).savefig("layers.png")  # doctest: +SKIP
     """
     taken, values = _checked("plot.layer_by_step", history, steps)
-    figure, ax, _ = _axes(ax, len(values))
+    figure, ax, _ = _axes(ax, [""] * len(values))
     positive = np.isfinite(values) & (values > 0)
     norm = LogNorm() if positive.any() else Normalize()
     image = ax.imshow(
@@ -184,20 +190,32 @@ def rms_and_l2(record: WidthRecord, *, step: int = -1) -> Figure:
         >>> record = rmsjax.WidthRecord.load("check.npz")  # doctest: +SKIP
         >>> rmsjax.plot.rms_and_l2(record).savefig("widths.png")  # doctest: +SKIP
     """
-    figure, panels = _panels(2, len(record.layers))
+    means = [record.over_seeds(quantity)[:, step] for quantity in ("rms", "l2")]
     slopes = [record.slopes(quantity).mean[step] for quantity in ("rms", "l2")]
-    for panel, quantity, title in zip(panels, ("rms", "l2"), ("RMS norm", "L2 norm for one example"), strict=True):
-        _over_width(panel, record, record.over_seeds(quantity)[:, step])
-        panel.set_title(title)
+    lines = _distinct(record.layers, np.stack(means).transpose(2, 0, 1))
+    labels = _columns(lines, [f"{slopes[0][k]:+z.2f}  {slopes[1][k]:+z.2f}" for k in lines.values()])
+    figure, panels = _panels(2, labels)
+    drawn = [
+        _over_width(panel, record, values[:, list(lines.values())], title)
+        for panel, values, title in zip(panels, means, ("RMS norm", "L2 norm for one example"), strict=True)
+    ]
     _widen(panels[0])
     bottom, x = panels[0].get_ylim()[0], record.widths
     guide = panels[1].plot(x, 2 * bottom * np.sqrt(x / x[0]), color="0.75", linewidth=5, zorder=0)
-    labels = _columns(record.layers, [f"{r:+z.2f}  {s:+z.2f}" for r, s in zip(*slopes, strict=True)])
-    _legend_beside(figure, panels[0], labels, "slopes: RMS, L2", extra=(guide[0], "as the root of the width"))
+    _legend_beside(figure, [*drawn[0], *guide], [*labels, "as the root of the width"], "slopes: RMS, L2")
     return figure
 
 
 # --------------------------------------------------------------------------------------------------------------- pieces
+
+
+class _Figure(Figure):
+    """A figure that a notebook shows; one that pyplot did not make it shows only if pyplot has made another."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png")
+        return png.getvalue()
 
 
 def _styles() -> Any:
@@ -206,11 +224,26 @@ def _styles() -> Any:
     return ({"color": c, "marker": m, "linestyle": d, "markersize": 5, "linewidth": 1.6} for c, m, d in looks)
 
 
-def _panels(count: int, layers: int) -> tuple[Figure, list[Axes]]:
-    """A figure with panels that share both axes, and room for a legend of so many layers."""
+def _distinct(layers: Sequence[str], values: np.ndarray) -> dict[str, int]:
+    """The lines to draw, as positions among the layers, by label: the layers that coincide share one.
+
+    A module's output is often that of its last child.
+    """
+    names: dict[bytes, list[str]] = {}
+    positions: dict[bytes, int] = {}
+    for k, layer in enumerate(layers):
+        key = values[k].tobytes()
+        names.setdefault(key, []).append(layer)
+        positions.setdefault(key, k)
+    return {" = ".join(names[key]): k for key, k in positions.items()}
+
+
+def _panels(count: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """A figure with panels that share both axes, and room for a legend with these labels."""
     columns = min(count, 4)
     rows = -(-count // columns)
-    figure = Figure(figsize=(2.4 * columns + 3, max(2.8 * rows + 0.6, 0.22 * layers + 1)), layout="constrained")
+    size = 2.4 * columns + _legend_width(labels), max(2.8 * rows + 0.6, 0.22 * len(labels) + 1)
+    figure = _Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for above, unused in zip(panels[count - columns :], panels[count:], strict=False):
         unused.remove()
@@ -220,22 +253,29 @@ def _panels(count: int, layers: int) -> tuple[Figure, list[Axes]]:
     return figure, list(panels[:count])
 
 
-def _axes(ax: Axes | None, layers: int) -> tuple[Figure | SubFigure, Axes, Figure | None]:
-    """The figure, the axes, and the figure once more if it is new."""
+def _axes(ax: Axes | None, labels: Sequence[str]) -> tuple[Figure | SubFigure, Axes, Figure | None]:
+    """The figure, the axes, and the figure once more if it is new: then with room for these labels."""
     if ax is not None:
         return ax.figure, ax, None
-    figure = Figure(figsize=(7, max(3.4, 0.26 * layers + 1)), layout="constrained")
+    figure = _Figure(figsize=(5 + _legend_width(labels), max(3.4, 0.26 * len(labels) + 1)), layout="constrained")
     return figure, figure.subplots(), figure
 
 
-def _over_width(ax: Axes, record: WidthRecord, values: np.ndarray) -> None:
-    for style, line in zip(_styles(), values.T, strict=False):
-        ax.plot(record.widths, line, **style)
+def _over_width(ax: Axes, record: WidthRecord, values: np.ndarray, title: str) -> list[Line2D]:
+    drawn = [ax.plot(record.widths, line, **style)[0] for style, line in zip(_styles(), values.T, strict=False)]
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log" if np.any(values > 0) else "linear")
+    _log_scale(ax, values)
     ax.set_xticks(record.widths, [str(w) for w in record.widths], rotation=45 if len(record.widths) > 4 else 0)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(which="major", color="0.9")
+    ax.set_title(title)
+    return drawn
+
+
+def _log_scale(ax: Axes, values: np.ndarray) -> None:
+    """A logarithmic scale, unless there is nothing to show in one; zeros are left out."""
+    if np.any(values > 0):
+        ax.set_yscale("log", nonpositive="mask")
 
 
 def _widen(ax: Axes) -> None:
@@ -246,18 +286,19 @@ def _widen(ax: Axes) -> None:
         ax.set_ylim(middle / 10, middle * 10)
 
 
-def _columns(names: Sequence[str], values: Sequence[str]) -> list[str]:
+def _columns(names: Iterable[str], values: Sequence[str]) -> list[str]:
     extent = max(map(len, names))
     return [f"{name:{extent}}  {value}" for name, value in zip(names, values, strict=True)]
 
 
-def _legend_beside(
-    figure: Figure, ax: Axes, labels: Sequence[str], title: str | None = None, extra: tuple[Any, str] | None = None
-) -> None:
-    lines = [*ax.get_lines()[: len(labels)], *([extra[0]] if extra else [])]
-    texts = [*labels, *([extra[1]] if extra else [])]
+def _legend_width(labels: Sequence[str]) -> float:
+    """In inches, in the font of the legend."""
+    return 0.068 * max(map(len, labels)) + 0.9
+
+
+def _legend_beside(figure: Figure, lines: Sequence[Line2D], labels: Sequence[str], title: str | None = None) -> None:
     font = {"family": "monospace", "size": 8}
-    figure.legend(lines, texts, loc="outside right upper", title=title, prop=font, handlelength=4)
+    figure.legend(lines, labels, loc="outside right upper", title=title, prop=font, handlelength=4)
 
 
 def _checked(

@@ -6,6 +6,7 @@ activations themselves. `tag` and `collect` do for any function what these do fo
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -92,8 +93,8 @@ def collect(
     Returns:
         A function of the same arguments that returns `(out, values)`, or `(out, values, cotangents)`. Both are dicts,
         in the order of the program, of trees like those that were tagged. A name that comes a second time is "name#2".
-        Cotangents have the names of the values; a point on which the loss does not depend, or that does not depend on
-        what is differentiated, has none.
+        Cotangents have the names of the values. A point has none on which the loss does not depend, that does not
+        depend on what is differentiated, or that is inside a function with a derivative rule of its own.
 
     Example:
         >>> import jax, jax.numpy as jnp, rmsjax
@@ -140,11 +141,12 @@ def _by_name(entries: Iterable[Entry]) -> tuple[Trees, Trees]:
             values[call, time].append(entry)
             unmatched[call, leaf].append(time)
     names: dict[tuple[int, int], str] = {}
-    repeats: Counter[str] = Counter()
+    taken: set[str] = set()
     for key, leaves in (values | cotangents).items():
         name = leaves[0].mark.name
-        repeats[name] += 1
-        names[key] = name if repeats[name] == 1 else f"{name}#{repeats[name]}"
+        labels = itertools.chain([name], (f"{name}#{n}" for n in itertools.count(2)))
+        names[key] = next(label for label in labels if label not in taken)
+        taken.add(names[key])
     return (
         OrderedDict((name, _tree(values[key])) for key, name in names.items() if key in values),
         OrderedDict((name, _tree(cotangents[key])) for key, name in names.items() if key in cotangents),

@@ -12,7 +12,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from rmsjax._tree import Scope, leaf_paths, tree_rms
+from rmsjax._reduce import UNMAPPED
+from rmsjax._tree import Scope, group, leaf_paths, measure
 from rmsjax.transforms import (
     ClipByRelativeRMSState,
     ClipByRMSState,
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree
 
 _STATES = (ClipByRelativeRMSState, ClipByRMSState, NormalizeByRMSState, RecordRMSState, ScaleByStableAdamState)
-_NORMS = ("rms", "ratio_rms", "param_rms", "ema_rms")
+_CLIPPED = ("rms", "ratio_rms")  # the norms by which a transformation clips
+_NORMS = (*_CLIPPED, "param_rms", "ema_rms")
 
 
 class RMSRow(NamedTuple):
@@ -116,8 +118,9 @@ def rms_report(
 
 
 def _measured(tree: PyTree, scope: Scope, sep: str) -> Iterator[RMSRow]:
-    norms = tree_rms(tree, scope)
-    if scope == "global":
+    grouping = group("rms_report", tree, scope)
+    norms = grouping.tree(measure(grouping, UNMAPPED))
+    if grouping.is_global:
         yield RMSRow("all", None, None, _flat(norms))
         return
     for path, leaf, norm in zip(leaf_paths(tree, sep), jax.tree.leaves(tree), jax.tree.leaves(norms), strict=True):
@@ -134,8 +137,9 @@ def _recorded(tree: PyTree, sep: str) -> Iterator[RMSRow]:
         shares = jax.tree.leaves(getattr(state, "share_clipped", None))
         for field in _NORMS:
             norms = getattr(state, field, None)
-            clipped = shares if field in ("rms", "ratio_rms") and shares else [None] * len(jax.tree.leaves(norms))
-            for leaf, norm, share in zip(leaf_paths(norms, sep), jax.tree.leaves(norms), clipped, strict=True):
+            leaves = jax.tree.leaves(norms)
+            clipped = shares if leaves and shares and field in _CLIPPED else [None] * len(leaves)
+            for leaf, norm, share in zip(leaf_paths(norms, sep), leaves, clipped, strict=True):
                 name = sep.join(part for part in (prefix, field, leaf) if part)
                 yield RMSRow(name, None, None, _flat(norm), None if share is None else _flat(share))
 

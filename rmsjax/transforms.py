@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rmsjax._checks import as_mapped, as_threshold
+from rmsjax._checks import as_mapped, as_numeric, as_threshold
 from rmsjax._reduce import UNMAPPED, PerPool, accumulator_dtype, lift, times
 from rmsjax._tree import Grouping, Scope, group, leaf_paths, measure, rescale
 
@@ -84,8 +84,8 @@ class ScaleByStableAdamState(NamedTuple):
     """What `scale_by_stable_adam` has seen.
 
     `grad_mean` and `grad_rms`: for each element, the debiased moving average of the gradient, and the root of that of
-    its square (Adam's mu and the root of its nu). `ratio_rms`: the norm of the newest gradient over `grad_rms`, by which
-    the step was divided where it was above 1. `num_updates`, `num_clipped`, `share_clipped`: as in `ClipByRMSState`.
+    its square (Adam's mu and the root of its nu). `ratio_rms`: the norm of the newest gradient over `grad_rms`; where
+    it was above 1 the step was divided by it. `num_updates`, `num_clipped`, `share_clipped`: as in `ClipByRMSState`.
     """
 
     grad_mean: Any
@@ -127,6 +127,12 @@ def _kept(function: str, old: PyTree, grouping: Grouping, norms: PerPool) -> PyT
             f"{function}: updates must have the structure of the params that init was given: the state is for "
             f"{jax.tree.structure(old)}, the updates have {jax.tree.structure(new)}"
         )
+    for path, o, n in zip(leaf_paths(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        if o.shape != n.shape:
+            raise ValueError(
+                f"{function}: updates must have the shapes of the params that init was given: the state at {path!r} "
+                f"has shape {o.shape}, that of the updates {n.shape}"
+            )
     return jax.tree.map(lambda o, n: n.astype(o.dtype), old, new)
 
 
@@ -290,7 +296,10 @@ def _required(function: str, params: PyTree | None) -> PyTree:
 
 def _params_grouped_alike(function: str, grouping: Grouping, updates: PyTree, params: PyTree | None) -> Grouping:
     """The parameters in the pools of the updates, even if a scope would choose otherwise by their dtype."""
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(_required(function, params))]
+    leaves = [
+        as_numeric(function, f"leaf {path!r} of params", leaf)
+        for path, leaf in zip(leaf_paths(_required(function, params)), jax.tree.leaves(params), strict=True)
+    ]
     ours = zip(leaf_paths(updates), [leaf.shape for leaf in grouping.leaves], strict=True)
     theirs = zip(leaf_paths(params), [leaf.shape for leaf in leaves], strict=True)
     for update, param in itertools.zip_longest(ours, theirs):
@@ -462,7 +471,8 @@ def scale_by_stable_adam(
 
     m and v are Adam's debiased moving averages of the gradient g and its square, and
     $\text{RMS}_t = \|g / \sqrt{\max(v, \epsilon^2)}\|_{RMS}$ says how far the newest gradients outgrow the average that
-    Adam divides them by. Where v is out of date, the step is shortened instead of spoilt.
+    Adam divides them by. Where v is out of date, the step is shortened instead of spoilt. A spike still enters v, and
+    steps stay short until v has forgotten it: against broken batches put `clip_by_rms` before this transformation.
 
     The root of v is kept instead of v, so no square overflows or underflows: right for every finite gradient, where
     v in float16 knows nothing below 2e-4 or above 256. Both averages are in float32 (float64 for float64) unless
@@ -508,6 +518,8 @@ def scale_by_stable_adam(
     b1, b2 = _as_decay(name, "b1", b1), _as_decay(name, "b2", b2)
     eps = as_threshold(name, "eps", eps)
     weight_decay = as_threshold(name, "weight_decay", weight_decay)
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.inexact):
+        raise TypeError(f"{name}: mu_dtype must be a floating-point or complex dtype, got {mu_dtype!r}")
     decays = isinstance(weight_decay, jax.core.Tracer) or weight_decay != 0
 
     def init_fn(params: PyTree) -> ScaleByStableAdamState:
@@ -587,7 +599,8 @@ def stable_adamw(
     r"""StableAdamW: AdamW that divides its learning rate by $\max(1, \text{RMS}_t)$ for each pool of the scope.
 
     $w \leftarrow w - \eta_t \left(\frac{m}{\sqrt v + \epsilon} + \lambda w\right)$ with
-    $\eta_t = \eta / \max(1, \text{RMS}_t)$. It takes the place of AdamW with gradient clipping, and needs no threshold.
+    $\eta_t = \eta / \max(1, \text{RMS}_t)$. A cure without a threshold for the loss spikes of AdamW, which come when v
+    is out of date.
 
     Args:
         learning_rate: $\eta$, a number or a schedule.
@@ -621,4 +634,4 @@ def _by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
     if callable(learning_rate):
         return optax.scale_by_learning_rate(learning_rate)
     # Not optax.scale: by a traced float32 number it turns bfloat16 updates into float32.
-    return optax.stateless_with_tree_map(lambda update, _: times(update, -jnp.asarray(learning_rate)))
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: times(u, -jnp.asarray(learning_rate)), updates))

@@ -1,15 +1,20 @@
 """Set-up of the suite: eight devices on the CPU, strict promotion of dtypes and ranks."""
 
 import os
+import textwrap
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """No implicit promotion in any test. The examples in docstrings run as a user's program does."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture
@@ -18,3 +23,33 @@ def x64():
     enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
     with enable(True):
         yield
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The functions of tests/test_transform_matrix.py times transformations, if any of them ran, on whatever worker."""
+    rows = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "call":
+                rows |= {row: cells for name, (row, cells) in report.user_properties if name == "transform_matrix"}
+    if rows:
+        terminalreporter.section("functions x transformations")
+        for line in _matrix(rows):
+            terminalreporter.write_line(line)
+
+
+def _matrix(rows):
+    """A line for each function: + is a pass, ! a failure, - a transformation that does not apply; then the reasons."""
+    numbered = [f"{number} {transform}" for number, (transform, _) in enumerate(next(iter(rows.values())), 1)]
+    yield from textwrap.wrap(", ".join(numbered), 110)
+    width = max(map(len, rows))
+    yield " " * width + "".join(f"{number:3}" for number in range(1, len(numbered) + 1))
+    reasons = {}
+    for row, cells in sorted(rows.items()):
+        yield row.ljust(width) + "".join(f"{text[0]:>3}" for _, text in cells)
+        for number, (_, text) in enumerate(cells, 1):
+            if text != "+":
+                reasons.setdefault(f"{text[0]} {row}: {text[2:]}", []).append(str(number))
+    yield from (f"{reason} ({', '.join(numbers)})" for reason, numbers in reasons.items())
+    marks = [text[0] for cells in rows.values() for _, text in cells]
+    yield f"{marks.count('+')} cells right, {marks.count('!')} wrong, {marks.count('-')} not applicable"

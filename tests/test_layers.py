@@ -64,7 +64,7 @@ def close(got, want):
         {"dtype": jnp.float16},
         {"scale_init": flax_linen.initializers.constant(3.0)},
     ],
-    ids=str,
+    ids=lambda kwargs: "-".join(kwargs) or "defaults",
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_equals_flax(api, dtype, kwargs):

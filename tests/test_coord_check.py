@@ -1,0 +1,558 @@
+"""The coordinate check: what the records say, how they are judged, and that the verdicts come out right."""
+
+import dataclasses
+import functools
+import importlib
+import math
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from scipy import stats
+
+import rmsjax
+from rmsjax import WidthRecord, _coord_check, compare_widths, coord_check
+from tests.parametrisations import (
+    ResidualMLP,
+    Transformer,
+    adam,
+    cross_entropy,
+    digits,
+    zen_of_python,
+)
+
+WIDTHS = [64, 128, 256]
+X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def setting():
+    """optax's Adam needs promotion. Programs here run once, so XLA need not work hard on them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def check(make_model, batch=(X, X[:, :1]), **kwargs):
+    given = {"widths": [8, 16], "make_optimizer": lambda width: optax.sgd(0.1), "loss": optax.l2_loss, "steps": 2}
+    return coord_check(make_model, batch, **{"seeds": 2, "progress": False} | given | kwargs)
+
+
+def record_of(exponents, changes=None, *, noise=0.0, seeds=3, widths=(64, 128, 256, 512)):
+    """Norms that are powers of the width, times noise; one step, and one layer for each exponent."""
+    rng, w = np.random.default_rng(0), np.array(widths)
+    shape = (len(widths), seeds, 2, len(exponents))
+    powers = [np.power(w[:, None, None, None], np.asarray(p, float)) for p in (exponents, changes or exponents)]
+    rms, change = (0.3 * power * np.exp(noise * rng.normal(size=shape)) for power in powers)
+    change[:, :, 0] = 0
+    layers = tuple(f"layer{i}" for i in range(len(exponents)))
+    sizes = np.repeat(w[:, None], len(exponents), 1)
+    return WidthRecord(layers, w, np.arange(seeds), rms, change, sizes, np.ones(shape[:3]))
+
+
+# ----------------------------------------------------------------------------------------------------------- acceptance
+
+
+def train(model, mup, widths, seeds, **kwargs):
+    make, batch = {"mlp": (ResidualMLP, digits()), "transformer": (Transformer, zen_of_python())}[model]
+    return coord_check(
+        lambda width, rngs: make(width, rngs, mup=mup, **kwargs),
+        batch, widths=widths, seeds=seeds, make_optimizer=functools.partial(adam, mup=mup), loss=cross_entropy,
+        progress=False,
+    )  # fmt: skip
+
+
+def seed_sets(record, count):
+    """The record cut into records of `count` seeds each."""
+    for i in range(0, len(record.seeds), count):
+        cut = {name: getattr(record, name)[:, i : i + count] for name in ("rms", "change", "loss")}
+        yield dataclasses.replace(record, seeds=record.seeds[i : i + count], **cut)
+
+
+class NumpyMLP:
+    """`ResidualMLP` by itself: forward, backward and Adam in float64."""
+
+    def __init__(self, width, seed, *, mup):
+        model = ResidualMLP(width, nnx.Rngs(jax.random.key(seed)), mup=mup)
+        names = ["embed", "block0/up", "block0/down", "block1/up", "block1/down", "readout/linear"]
+        self.kernel, self.bias = {}, {}
+        for name in names:
+            layer = functools.reduce(getattr, name.split("/"), model)
+            self.kernel[name], self.bias[name] = (np.float64(p[...]) for p in (layer.kernel, layer.bias))
+        self.multiplier = 64 / width if mup else 1.0
+        self.rate = {name: 64 / width if mup and name.startswith("block") else 1.0 for name in names}
+        self.moments = {}
+
+    def dense(self, name, x):
+        self.inputs[name] = x
+        self.outputs[name] = x @ self.kernel[name] + self.bias[name]
+        return self.outputs[name]
+
+    def forward(self, x):
+        self.inputs, self.outputs = {}, {}
+        x = self.dense("embed", x)
+        for block in ("block0", "block1"):
+            branch = self.dense(f"{block}/down", np.maximum(self.dense(f"{block}/up", x), 0))
+            self.outputs[block] = branch
+            x = x + branch
+        self.outputs["ResidualMLP"] = self.outputs["readout"] = self.dense("readout/linear", self.multiplier * x)
+        return dict(self.outputs)
+
+    def backward(self, labels):
+        logits = self.outputs["ResidualMLP"]
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        cotangent = (p / p.sum(1, keepdims=True) - np.eye(logits.shape[1])[labels]) / len(labels)
+        self.grads = {}
+        stream = self.multiplier * self.back("readout/linear", cotangent)
+        for block in ("block1", "block0"):
+            inner = self.back(f"{block}/down", stream) * (self.inputs[f"{block}/down"] > 0)
+            stream = stream + self.back(f"{block}/up", inner)
+        self.back("embed", stream)
+
+    def back(self, name, cotangent):
+        self.grads[name] = (self.inputs[name].T @ cotangent, cotangent.sum(0))
+        return cotangent @ self.kernel[name].T
+
+    def adam(self, step, learning_rate=2e-3):
+        for name, grads in self.grads.items():
+            rates = (self.rate[name], 1.0)
+            for params, g, rate in zip((self.kernel, self.bias), grads, rates, strict=True):
+                key = (name, g.ndim)
+                m, v = self.moments.get(key, (0.0, 0.0))
+                m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+                self.moments[key] = (m, v)
+                corrected = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+                params[name] = params[name] - learning_rate * rate * corrected
+
+
+def numpy_slopes(record, mup, seeds):
+    """Slopes of RMS and of change at each step, by `np.polyfit` on what float64 numpy makes of the same start."""
+    x, labels = digits()
+    norms = np.zeros((2, *record.rms[:, : len(seeds)].shape))
+    for w, width in enumerate(record.widths):
+        for s, seed in enumerate(seeds):
+            model = NumpyMLP(width, seed, mup=mup)
+            first = None
+            for step in range(record.steps + 1):
+                outputs = model.forward(np.float64(x))
+                first = first or outputs
+                for k, layer in enumerate(record.layers):
+                    values = (outputs[layer], outputs[layer] - first[layer])
+                    norms[:, w, s, step, k] = [math.sqrt(np.mean(v**2)) for v in values]
+                model.backward(labels)
+                model.adam(step + 1)
+
+    def slopes(values):
+        flat = np.log(np.where(values == 0, 1, values)).reshape(len(record.widths), -1)  # 0 at every width: slope 0
+        return np.polyfit(np.log(record.widths), flat, 1)[0].reshape(values.shape[1:])
+
+    return slopes(norms[0]), slopes(norms[1][:, :, 1:])
+
+
+def assert_slopes_agree(record, mup, seeds):
+    ours = dataclasses.replace(record, **{n: getattr(record, n)[:, : len(seeds)] for n in ("rms", "change")})
+    rms, change = numpy_slopes(ours, mup, seeds)
+    differences = [ours.slopes("rms").mean - rms.mean(0), ours.slopes("change").mean[1:] - change.mean(0)]
+    worst = max(np.max(np.abs(d)) for d in differences)
+    assert worst < 0.05, worst
+    return worst
+
+
+@pytest.mark.parametrize(("mup", "verdict"), [(False, "grows"), (True, "level")])
+def test_mlp_on_digits(mup, verdict):
+    record = train("mlp", mup, WIDTHS, 15)
+    assert [part.verdict for part in seed_sets(record, 3)] == [verdict] * 5
+    assert_slopes_agree(record, mup, seeds=[0, 1, 2])
+    assert np.all(record.loss[:, :, -1] < record.loss[:, :, 0]) or not mup
+
+
+@pytest.mark.parametrize(("mup", "verdict"), [(False, "grows"), (True, "level")])
+def test_transformer_on_bytes(mup, verdict):
+    record = train("transformer", mup, [64, 256], 15, blocks=1)
+    assert [part.verdict for part in seed_sets(record, 3)] == [verdict] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mup", "verdict"), [(False, "grows"), (True, "level")])
+@pytest.mark.parametrize("model", ["mlp", "transformer"])
+def test_up_to_width_1024(model, mup, verdict):
+    sets = [range(i, i + 3) for i in range(0, 15, 3)]
+    records = [train(model, mup, [64, 128, 256, 512, 1024], seeds) for seeds in sets]
+    print(records[0])
+    assert [record.verdict for record in records] == [verdict] * 5
+    if model == "mlp":
+        print("worst difference of a slope from numpy's:", assert_slopes_agree(records[0], mup, seeds=[0, 1, 2]))
+
+
+# --------------------------------------------------------------------------------------------------------------- slopes
+
+
+def test_slopes_of_powers_are_their_exponents():
+    exponents = [-1.0, -0.5, 0.0, 0.3, 2.0]
+    slopes = record_of(exponents).slopes("rms")
+    for values in slopes:
+        np.testing.assert_allclose(values, [exponents] * 2, atol=1e-12)
+
+
+def test_slopes_are_least_squares_with_students_interval():
+    record = record_of([0.0, 1.0], noise=0.3, seeds=5)
+    x, layer = np.log(record.widths), 1
+    fits = [stats.linregress(x, np.log(record.rms[:, s, 1, layer])).slope for s in range(5)]
+    mean, low, high = (values[1, layer] for values in record.slopes("rms"))
+    assert mean == pytest.approx(np.mean(fits))
+    assert (low, high) == pytest.approx(stats.t.interval(0.95, 4, np.mean(fits), stats.sem(fits)))
+
+
+def test_one_seed_has_no_interval():
+    record = record_of([0.0, 1.0], seeds=1)
+    _, low, high = record.slopes()
+    assert np.all(low == -np.inf)
+    assert np.all(high == np.inf)
+    assert record.verdict == "grows"
+    assert record.doubtful == record.layers
+
+
+def test_mean_over_seeds_is_that_of_the_slopes():
+    record = record_of([0.5], noise=0.5)
+    means = record.over_seeds("change")
+    slope = np.polyfit(np.log(record.widths), np.log(means[:, 1, 0]), 1)[0]
+    assert slope == pytest.approx(record.slopes("change").mean[1, 0])
+    assert np.all(means[:, 0] == 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("rms", "change", "verdict"),
+    [
+        (0.0, 0.0, "level"),
+        (0.24, -0.24, "level"),
+        (0.26, 0.0, "grows"),
+        (0.0, 0.26, "grows"),
+        (0.0, -0.26, "shrinks"),
+        (-0.5, 0.0, "level"),  # the output of a muP model: its start vanishes, its change stays
+        (-0.5, -0.5, "shrinks"),
+        (0.5, -0.5, "grows"),
+    ],
+)
+def test_verdict_of_a_layer(rms, change, verdict):
+    record = record_of([rms], [change])
+    assert record.verdicts == {"layer0": verdict}
+    assert record.verdict == verdict
+    assert not record.doubtful
+
+
+@pytest.mark.parametrize(("rms", "verdict"), [(-0.5, "shrinks"), (0.0, "level"), (0.5, "grows")])
+def test_a_layer_that_does_not_change_is_judged_by_its_norm(rms, verdict):
+    record = record_of([rms])
+    record.change[:] = 0
+    assert record.verdict == verdict
+    assert np.all(record.slopes("change").mean == 0)
+
+
+def test_the_whole_is_as_its_worst_layer():
+    record = record_of([0.0, 0.0, 1.0, 0.0], [0.0, -1.0, 0.0, 0.0])
+    assert list(record.verdicts.values()) == ["level", "shrinks", "grows", "level"]
+    assert record.verdict == "grows"
+    assert record_of([0.0, 0.0], [0.0, -1.0]).verdict == "shrinks"
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_what_is_not_finite_is_said(value):
+    record = record_of([0.0, 1.0])
+    record.rms[-1, 0, -1, 0] = value
+    record.change[-1, 0, -1, 0] = value
+    assert record.verdicts == {"layer0": "not finite", "layer1": "grows"}
+    assert record.verdict == "not finite"
+    assert "not finite" in str(record)
+
+
+def test_zero_at_some_widths_is_a_slope():
+    record = record_of([0.0, 0.0, 0.0])
+    record.change[-1, :, :, 0] = 0
+    record.change[0, :, :, 1] = 0
+    assert list(record.verdicts.values()) == ["shrinks", "grows", "level"]
+
+
+def test_noise_makes_doubt_and_seeds_remove_it():
+    few, many = (record_of([0.0, 0.4], noise=0.3, seeds=seeds) for seeds in (3, 100))
+    assert few.doubtful
+    assert not many.doubtful
+    assert list(many.verdicts.values()) == ["level", "grows"]
+    for row, layer in zip(str(few).splitlines()[4:], few.layers, strict=False):
+        assert row.endswith("?") == (layer in few.doubtful)
+    assert "use more than 3 seeds" in str(few)
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def test_text():
+    record = record_of([0.0, 1.0], [0.0, -0.5])
+    lines = str(record).splitlines()
+    assert lines[3].split("  ")[0] == "layer"
+    assert lines[5].split() == ["layer1", "+1.00", "±0.00", "+1.00", "±0.00", "-0.50", "±0.00", "grows"]
+    assert len({len(line) for line in lines[3:6]}) == 1
+    assert lines[-1] == "verdict: grows (1 of 2 layers)"
+
+
+def test_width_table():
+    record = record_of([0.0], widths=(16, 64))
+    header, row = (line.split("  ") for line in record.width_table().splitlines())
+    assert [cell.strip() for cell in header if cell] == [
+        "layer",
+        "RMS 16",
+        "RMS 64",
+        "slope",
+        "L2 16",
+        "L2 64",
+        "slope",
+    ]
+    assert [cell.strip() for cell in row if cell] == ["layer0", "0.3", "0.3", "+0.00", "1.2", "2.4", "+0.50"]
+
+
+def test_to_dict_has_a_row_for_each_norm():
+    record = record_of([0.0, 1.0], noise=0.1)
+    columns = record.to_dict()
+    assert {len(column) for column in columns.values()} == {record.rms.size}
+    picked = (
+        (columns["width"] == 256) & (columns["seed"] == 2) & (columns["step"] == 1) & (columns["layer"] == "layer1")
+    )
+    assert np.flatnonzero(picked).size == 1
+    for name, values in (("rms", record.rms), ("change", record.change), ("l2", record.l2)):
+        assert columns[name][picked] == values[2, 2, 1, 1]
+
+
+def test_history():
+    record = record_of([0.0, 1.0], noise=0.1)
+    history = record.history(128, "change")
+    assert list(history) == list(record.layers)
+    np.testing.assert_array_equal(history["layer1"], record.over_seeds("change")[1, :, 1])
+    with pytest.raises(ValueError, match=r"width must be one of \[64, 128, 256, 512\], got 100"):
+        record.history(100)
+
+
+def test_save_and_load(tmp_path):
+    record = record_of([0.0, 1.0], noise=0.1)
+    path = tmp_path / "record"
+    record.save(path)
+    loaded = WidthRecord.load(path)
+    assert str(loaded) == str(record)
+    for field in dataclasses.fields(record):
+        np.testing.assert_array_equal(getattr(loaded, field.name), getattr(record, field.name))
+    assert [p.name for p in tmp_path.iterdir()] == ["record"]
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+
+class Frozen(nnx.Module):
+    """One layer that no gradient reaches, one behind a dropout, a stack of layers in a loop, and a tree."""
+
+    def __init__(self, width, rngs):
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def layer(key):
+            return nnx.Linear(width, width, rngs=nnx.Rngs(key))
+
+        self.frozen = nnx.Linear(8, width, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.stack = layer(jax.random.split(rngs.params(), 3))
+        self.pair = Pair()
+        self.out = nnx.Linear(width, 1, rngs=rngs)
+
+    def __call__(self, x):
+        x = jax.lax.stop_gradient(self.frozen(x))
+        x = self.dropout(x)
+        x = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.stack)
+        return self.out(self.pair(x)["double"])
+
+
+class Pair(nnx.Module):
+    def __call__(self, x):
+        return {"double": 2 * x, "largest": jnp.argmax(x, -1), "half": x.astype(jnp.float16)}
+
+
+def test_layers_of_all_kinds():
+    calls = []
+
+    def make_model(width, rngs):
+        calls.append(width)
+        return Frozen(width, rngs)
+
+    record = check(make_model, widths=[32, 16], seeds=[3, 5], steps=3, make_optimizer=lambda width: optax.sgd(1e-4))
+    assert calls == [16, 32]
+    assert record.rms.shape == (2, 2, 4, len(record.layers))
+    assert record.widths.tolist() == [16, 32]
+    assert record.seeds.tolist() == [3, 5]
+    change = dict(zip(record.layers, np.moveaxis(record.change, -1, 0), strict=True))
+    rms = dict(zip(record.layers, np.moveaxis(record.rms, -1, 0), strict=True))
+    loops = [layer for layer in record.layers if layer.startswith("stack")]
+    pairs = [layer for layer in record.layers if layer.startswith("pair")]
+    assert len(loops) == 3, record.layers
+    assert len(pairs) == 2, record.layers
+    assert np.all(change["frozen"] == 0)
+    assert np.all(change["dropout"] == 0)  # the same mask at every step
+    assert np.all(rms["frozen"] > 0)
+    for layer in (*loops, *pairs, "out"):
+        assert np.all(change[layer][:, :, 0] == 0)
+        assert np.all(change[layer][:, :, 1:] > 0)
+    np.testing.assert_allclose(rms[pairs[0]], 2 * rms[pairs[1]], rtol=1e-3)
+    sizes = dict(zip(record.layers, record.sizes.T.tolist(), strict=True))
+    assert sizes["frozen"] == sizes[loops[0]] == [16, 32]
+    assert sizes["out"] == [1, 1]
+    assert np.all(np.diff(record.loss[:, :, [0, -1]]) < 0)
+
+
+class LinenModel(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False)(nn.Dense(self.width)(x))
+        return nn.Dense(1)(nn.Dropout(0.5, deterministic=False)(x))
+
+
+def test_linen():
+    record = check(lambda width, rngs: LinenModel(width), make_optimizer=lambda width: optax.sgd(0.0))
+    assert set(record.layers) >= {"Dense_0", "BatchNorm_0", "Dropout_0", "Dense_1"}
+    assert np.all(record.change == 0)
+    np.testing.assert_allclose(record.rms[..., record.layers.index("BatchNorm_0")], 1, atol=1e-2)
+
+
+def test_trains_like_a_plain_loop():
+    """The norms are those of a model that is trained by hand, one seed at a time."""
+    record = check(lambda width, rngs: nnx.Linear(8, width, rngs=rngs), batch=(X, X), widths=[8, 9],
+                   loss=lambda y, x: jnp.sum(y[:, :8] - x, -1) ** 2, seeds=[7])  # fmt: skip
+    layer = nnx.Linear(8, 8, rngs=nnx.Rngs(jax.random.key(7)))
+    kernel, bias = np.float64(layer.kernel[...]), np.zeros(8)
+    first = X @ kernel + bias
+    for step in range(3):
+        y = X @ kernel + bias
+        error = np.sum(y - X, -1)
+        assert record.loss[0, 0, step] == pytest.approx(np.mean(error**2), rel=1e-4)
+        assert record.rms[0, 0, step, 0] == pytest.approx(math.sqrt(np.mean(y**2)), rel=1e-4)
+        assert record.change[0, 0, step, 0] == pytest.approx(math.sqrt(np.mean((y - first) ** 2)), rel=1e-4)
+        cotangent = np.repeat(2 * error[:, None] / len(X), 8, 1)
+        kernel, bias = kernel - 0.1 * X.T @ cotangent, bias - 0.1 * cotangent.sum(0)
+
+
+def test_several_arguments_and_float16():
+    class Sum(nnx.Module):
+        def __init__(self, width, rngs):
+            self.layer = nnx.Linear(8, width, rngs=rngs, dtype=jnp.float16)
+
+        def __call__(self, x, y):
+            return 3e3 * self.layer(x + y)
+
+    record = check(lambda width, rngs: Sum(width, rngs), batch=(X, 2 * X, X), loss=lambda y, x: 1e-4 * y.mean())
+    assert np.all(np.isfinite(record.rms))
+    assert np.all(record.rms[..., record.layers.index("Sum")] > 1e3)  # a sum of squares of these is not a float16
+
+
+def test_only_norms_leave_the_program():
+    train = functools.partial(
+        _coord_check._train, functools.partial(Frozen, 64), optax.adam(1e-3), optax.l2_loss, 4, (X, X[:, :1])
+    )
+    leaves = jax.tree.leaves(jax.eval_shape(train, jax.random.key(0)))
+    assert max(math.prod(leaf.shape) for leaf in leaves) == 3 * 5  # three layers of a loop at five steps
+
+
+def test_the_bar(capsys, monkeypatch):
+    check(lambda width, rngs: nnx.Linear(8, width, rngs=rngs), loss=lambda y, x: y.mean(), steps=1, progress=True)
+    assert "2/2" in capsys.readouterr().err
+    assert list(_coord_check._with_bar([8, 16], progress=False)) == [8, 16]
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # as if it were not installed
+    assert list(_coord_check._with_bar([8, 16], progress=True)) == [8, 16]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"widths": [8]}, ValueError, r"coord_check: widths must be 2 or more, none of them twice, got \[8\]"),
+        ({"widths": [8, 8]}, ValueError, "widths must be .* none of them twice"),
+        ({"widths": [0, 8]}, ValueError, "widths must be at least 1, got 0"),
+        ({"widths": [8, 16.0]}, TypeError, "widths must be integers"),
+        ({"seeds": 0}, ValueError, r"seeds must be 1 or more, .* got \[\]"),
+        ({"seeds": [1, 1]}, ValueError, "seeds must be .* none of them twice"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": 1.5}, TypeError, "steps must be integers"),
+        ({"batch": (X,)}, ValueError, r"batch must be a tuple such as \(x, labels\)"),
+        ({"batch": {"x": X}}, ValueError, "batch must be a tuple"),
+        ({"make_model": lambda width, rngs: jnp.tanh}, TypeError, "coord_check: a model must be a flax.nnx module"),
+    ],
+)
+def test_errors(kwargs, error, message):
+    kwargs = {"make_model": lambda width, rngs: nnx.Linear(8, width, rngs=rngs)} | kwargs
+    with pytest.raises(error, match=message):
+        check(**kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------- compare_widths
+
+
+def test_compare_widths_measures_models_as_they_are():
+    models = {
+        width: [nnx.Sequential(nnx.Linear(8, width, rngs=nnx.Rngs(seed)), nnx.relu) for seed in range(2)]
+        for width in (32, 8)
+    }
+    record = compare_widths(models, X)
+    assert record.layers == ("layers/0", "Sequential")
+    assert record.rms.shape == (2, 2, 1, 2)
+    for w, width in enumerate((8, 32)):
+        for seed in range(2):
+            y = np.float64(X) @ np.float64(models[width][seed].layers[0].kernel[...])
+            norms = [math.sqrt(np.mean(v**2)) for v in (y, np.maximum(y, 0))]
+            np.testing.assert_allclose(record.rms[w, seed, 0], norms, rtol=1e-5)
+            l2 = [math.sqrt(np.mean(np.sum(v**2, -1))) for v in (y, np.maximum(y, 0))]
+            np.testing.assert_allclose(record.l2[w, seed, 0], l2, rtol=1e-5)
+    assert np.all(record.change == 0)
+    assert np.all(np.isnan(record.loss))
+
+
+def test_compare_widths_takes_linen_models():
+    models = {}
+    for width in (8, 16):
+        module = nn.Dense(width)
+        models[width] = (module, module.init(jax.random.key(0), X))
+    record = compare_widths(models, X)
+    y = X @ models[16][1]["params"]["kernel"]
+    assert record.rms[1, 0, 0, 0] == pytest.approx(float(rmsjax.rms(y)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("models", "error", "message"),
+    [
+        (lambda: {8: nnx.relu, 16: nnx.relu}, TypeError, "compare_widths: a model must be a flax.nnx module"),
+        (lambda: {8: linear(8)}, ValueError, "compare_widths: widths must be 2 or more"),
+        (lambda: {"small": linear(8), "large": linear(8)}, TypeError, "compare_widths: widths must be integers"),
+        (lambda: {8: [linear(8)], 16: [linear(16)] * 2}, ValueError, r"as many models, got \[1, 2\]"),
+        (
+            lambda: {8: linear(8), 16: nnx.Sequential(linear(16))},
+            ValueError,
+            r"same layers at every width; at widths 8 and 16 they differ in \['Linear', 'Sequential', 'layers/0'\]",
+        ),
+    ],
+)
+def test_compare_widths_errors(models, error, message):
+    with pytest.raises(error, match=message):
+        compare_widths(models(), X)
+
+
+def linear(width):
+    return nnx.Linear(8, width, rngs=nnx.Rngs(0))
+
+
+def test_the_name_is_the_function():
+    """No module of the same name takes its place, however it is imported."""
+    assert rmsjax.coord_check is _coord_check.coord_check
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("rmsjax.coord_check")
+    assert callable(rmsjax.coord_check)

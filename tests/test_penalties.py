@@ -1,0 +1,141 @@
+"""The penalty on RMS norms: its values, its derivative, and what it does to models of two widths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from sklearn.datasets import load_digits
+
+from rmsjax import rms, rms_penalty, tree_rms
+
+RNG = np.random.default_rng(0)
+TREE = {
+    "dense": {name: jnp.asarray(RNG.normal(size=s), jnp.float32) for name, s in (("kernel", (4, 6)), ("bias", (6,)))},
+    "stack": jnp.asarray(3 * RNG.normal(size=(3, 4, 5)), jnp.float32),
+}
+
+
+def mixed(path, leaf):
+    return (1, 2) if path == "stack" else "dense"
+
+
+# How many norms each scope has on the tree.
+SCOPES = {"global": ("global", 1), "block": ("block", 3), "axes": (0, 1 + 6 + 20), "callable": (mixed, 1 + 3)}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_mean_over_all_norms(scope):
+    scope, count = SCOPES[scope]
+    norms = tree_rms(TREE, scope)
+    if callable(scope):  # two leaves share a norm, which counts once
+        del norms["dense"]["bias"]
+    norms = np.concatenate([np.ravel(norm) for norm in jax.tree.leaves(norms)]).astype(np.float64)
+    assert norms.size == count
+    for target in (0.0, 0.9, 2.5):
+        np.testing.assert_allclose(rms_penalty(TREE, target, scope), np.mean((norms - target) ** 2), rtol=1e-6)
+        ceiling = np.mean(np.maximum(norms - target, 0) ** 2)
+        np.testing.assert_allclose(rms_penalty(TREE, target, scope, kind="ceiling"), ceiling, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("kind", ["two_sided", "ceiling"])
+def test_gradient_is_finite_at_zero_and_right_elsewhere(scope, kind):
+    scope, _ = SCOPES[scope]
+    penalty = lambda tree: rms_penalty(tree, 0.8, scope, kind)  # noqa: E731
+    zeros = jax.tree.map(jnp.zeros_like, TREE)
+    assert not any(g.any() for g in jax.tree.leaves(jax.grad(penalty)(zeros)))
+    slope = sum(jnp.vdot(g, x) for g, x in zip(*map(jax.tree.leaves, (jax.grad(penalty)(TREE), TREE)), strict=True))
+    longer, shorter = (penalty(jax.tree.map(lambda x, s=s: s * x, TREE)) for s in (1.01, 0.99))
+    np.testing.assert_allclose(slope, (longer - shorter) / 0.02, rtol=1e-3)
+
+
+def test_norms_over_nothing_do_not_count():
+    tree = {"a": jnp.full(3, 3.0), "b": jnp.zeros((0, 2)), "c": None, "d": optax.MaskedNode()}
+    for scope in ("global", "block", 0):
+        assert rms_penalty(tree, 1.0, scope) == 4
+    assert rms_penalty({"a": jnp.zeros((2, 0))}, 1.0, 1) == 0
+    assert rms_penalty({}) == 0
+    assert jnp.isfinite(jax.grad(rms_penalty)({"a": jnp.ones(3), "b": jnp.zeros((0, 2))})["a"]).all()
+
+
+def test_range_and_dtypes(x64):
+    for dtype, size, result in [
+        ("float16", 300, "float32"),
+        ("bfloat16", 2e-30, "float32"),
+        ("float64", 1e-200, "float64"),
+    ]:
+        got = rms_penalty(jnp.full(4, size, dtype), target=float(jnp.asarray(size, dtype)))
+        assert (got, got.dtype) == (0, result)
+    assert rms_penalty(jnp.full(4, 3 + 4j, jnp.complex64), 4.0) == 1
+    assert jnp.isnan(rms_penalty(jnp.array([1.0, jnp.nan])))
+    assert jax.jit(rms_penalty)(jnp.full(4, 3.0), jnp.float32(1.0)) == 4
+
+
+def test_axis_name():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jnp.arange(16.0)
+    got = jax.shard_map(lambda x: rms_penalty(x, axis_name="x"), mesh=mesh, in_specs=P("x"), out_specs=P())(x)
+    np.testing.assert_allclose(got, rms_penalty(x), rtol=1e-6)
+
+
+def held_activations(width, penalty):
+    """The RMS of the hidden activations after training on digits, and the loss."""
+    images, labels = load_digits(return_X_y=True)
+    images, labels = jnp.asarray(images[:256] / 16, jnp.float32), jnp.asarray(labels[:256])
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        "hidden": jax.random.normal(keys[0], (64, width)) / 8,
+        "out": jax.random.normal(keys[1], (width, 10)) / np.sqrt(width),
+    }
+
+    def loss(params):
+        hidden = images @ params["hidden"]
+        logits = jnp.tanh(hidden) @ params["out"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean() + penalty(hidden), hidden
+
+    tx = optax.adam(optax.cosine_decay_schedule(1e-2, 100))
+
+    def step(carry, _):
+        params, state = carry
+        (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), (value, rms(hidden))
+
+    with jax.numpy_dtype_promotion("standard"):
+        _, (losses, norms) = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), None, 100))()
+    return float(norms[-1]), float(losses[-1])
+
+
+def test_same_strength_at_every_width():
+    """One coefficient holds the activations of a narrow and a wide model to one level, and both learn.
+
+    A level of the L2 norm, right for the narrow one, squeezes the wide one to a third.
+    """
+    narrow, wide = 32, 256
+    for width in (narrow, wide):
+        norm, loss = held_activations(width, lambda hidden: 10 * rms_penalty(hidden, 0.7))
+        assert abs(norm / 0.7 - 1) < 0.05
+        assert loss < 0.3
+    free = [held_activations(width, lambda hidden: 0.0)[0] for width in (narrow, wide)]
+    assert free[0] > 1.3 * free[1]
+    l2 = lambda hidden: jnp.square(jnp.sqrt(jnp.mean(jnp.sum(hidden**2, -1))) - 0.7 * np.sqrt(narrow))  # noqa: E731
+    assert held_activations(wide, l2)[0] < 0.4 * 0.7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"target": -1.0}, ValueError, "rms_penalty: target must be at least 0, got -1.0"),
+        ({"target": "1"}, TypeError, "rms_penalty: target must be a number, got '1'"),
+        ({"kind": "both"}, ValueError, "rms_penalty: kind must be 'two_sided' or 'ceiling', got 'both'"),
+        ({"scope": "blocks"}, ValueError, "rms_penalty: scope must be .*did you mean 'block'"),
+        ({"scope": 2}, ValueError, r"rms_penalty: scope axis 2 is out of range .*\(leaf 'dense/bias'\)"),
+        ({"axis_name": "x"}, ValueError, "rms_penalty: axis_name 'x' is not bound"),
+        ({"tree": {"a": jnp.arange(3)}}, TypeError, "rms_penalty: leaf 'a' must be an array of floating-point"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        rms_penalty(**{"tree": TREE} | arguments)

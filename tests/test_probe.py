@@ -1,0 +1,663 @@
+"""What is tagged comes out: from plain functions under every transformation, and from every layer of Flax models.
+
+References are computed without the probe: plain functions are written a second time, unrolled, with their values and a
+perturbation at each point; models are called layer by layer.
+"""
+
+import warnings
+from collections import OrderedDict
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import rmsjax
+from rmsjax import activation_rms, gradient_rms, rms
+from rmsjax.probe import capture, collect, tag
+
+RNG = np.random.default_rng(0)
+
+
+def gaussian(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def assert_trees_close(found, want, rtol=1e-5, atol=1e-6):
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), found, want)
+
+
+# ----------------------------------------------------------------------------------------------------- plain functions
+
+
+@jax.custom_jvp
+def cube(x):
+    return tag(x**3, "custom")
+
+
+@cube.defjvp
+def _(primals, tangents):
+    (x,), (t,) = primals, tangents
+    return cube(x), 3 * x**2 * t
+
+
+@jax.custom_vjp
+def flip(x):
+    return tag(-x, "flip")
+
+
+flip.defvjp(lambda x: (flip(x), None), lambda _, ct: (-ct,))
+
+
+def network(w, x):
+    """Tags inside every kind of control flow."""
+    x = tag(x * w["scale"], "scaled")
+    x = jax.jit(lambda x: tag(jnp.tanh(x), "jit"))(x)
+
+    def layer(x, kernel):
+        x = jax.checkpoint(lambda x: tag(jnp.sin(tag(x @ kernel, "dense")), "act"))(x)
+        return x, jnp.sum(x)
+
+    x, sums = jax.lax.scan(layer, x, w["kernels"])
+    x = jax.vmap(lambda column: tag(column * 2.0, "column"), in_axes=1, out_axes=1)(x)
+    x = jax.lax.cond(jnp.sum(x) > 1e6, lambda x: tag(tag(3 * x, "branch"), "other"), lambda x: tag(x / 2, "branch"), x)
+    x = flip(cube(x))
+    x, rest = tag((x, {"half": x.astype(jnp.bfloat16), "text": "left alone", "none": None}), "tree")
+    return jnp.sum(x**2) + jnp.sum(rest["half"].astype(jnp.float32)) + jnp.sum(sums)
+
+
+def unrolled(w, x, p):
+    """`network` without control flow: its value and those of its tags, each of which is perturbed by p[name]."""
+    values = {}
+
+    def at(name, x, k=None):
+        x = x + (p[name] if k is None else p[name][k]) if name in p else x
+        values.setdefault(name, []).append(x)
+        return x
+
+    x = at("scaled", x * w["scale"])
+    x = at("jit", jnp.tanh(x))
+    sums = []
+    for k, kernel in enumerate(w["kernels"]):
+        x = at("act", jnp.sin(at("dense", x @ kernel, k)), k)
+        sums.append(jnp.sum(x))
+    x = at("column", (x * 2.0).T).T
+    x = at("branch", x / 2)
+    x = at("custom", x**3)
+    x = at("flip", -x)
+    x, half = at("tree", x), x.astype(jnp.bfloat16)
+    values = {name: jnp.stack(v) if len(v) > 1 else v[0] for name, v in values.items()}
+    values["other"] = jnp.full_like(x, jnp.nan)
+    values["tree"] = (values["tree"], {"half": half, "text": None, "none": None})
+    return jnp.sum(x**2) + jnp.sum(half.astype(jnp.float32)) + sum(sums), values
+
+
+W = {"scale": np.float32(0.7), "kernels": gaussian(3, 4, 4)}
+X = gaussian(5, 4)
+OUT, VALUES = unrolled(W, X, {})
+GRADIENT = jax.grad(lambda w: unrolled(w, X, {})[0])(W)
+
+
+def test_values_come_out_of_all_control_flow():
+    out, values = jax.jit(collect(network))(W, X)
+    assert_trees_close(out, OUT)
+    assert list(values) == ["scaled", "jit", "dense", "act", "column", "branch", "other", "custom", "flip", "tree"]
+    assert_trees_close(dict(values), VALUES)
+    assert values["tree"][1]["half"].dtype == jnp.bfloat16
+
+
+def test_collect_runs_eagerly_too():
+    with jax.checking_leaks():
+        out, values = collect(network)(W, X)
+    assert_trees_close(out, OUT)
+    assert_trees_close(dict(values), VALUES)
+
+
+def test_collect_under_transformations():
+    """vmap, grad, scan and remat of a collected function; what it returns can be differentiated too."""
+    batch = np.stack([X, 2 * X])
+    found = jax.jit(jax.vmap(collect(network), in_axes=(None, 0)))(W, batch)
+    for k, x in enumerate(batch):
+        want = unrolled(W, x, {})
+        assert_trees_close(jax.tree.map(lambda leaf, k=k: leaf[k], (found[0], dict(found[1]))), want, atol=1e-5)
+
+    def through(w, values_too):
+        out, values = jax.checkpoint(collect(network))(w, X)
+        return out + values_too * (rms(values["act"]) + jnp.sum(values["tree"][0]))
+
+    def reference(w, values_too):
+        out, values = unrolled(w, X, {})
+        return out + values_too * (rms(values["act"]) + jnp.sum(values["tree"][0]))
+
+    for values_too in (0.0, 1.0):
+        found = jax.jit(jax.grad(through))(W, values_too)
+        assert_trees_close(found, jax.grad(reference)(W, values_too), rtol=1e-4, atol=1e-4)
+
+    _, stacked = jax.jit(lambda w: jax.lax.scan(lambda c, x: (c, collect(network)(w, x)[1]["act"]), 0, batch))(W)
+    np.testing.assert_allclose(stacked[0], VALUES["act"], rtol=1e-5, atol=1e-6)
+
+
+def test_cotangents_are_the_gradients_at_the_tags():
+    points = {name: v for name, v in VALUES.items() if name not in ("tree", "other", "custom", "flip")}
+    zeros = {name: np.zeros(v.shape, np.float32) for name, v in points.items()}
+    want = jax.grad(lambda p: unrolled(W, X, p)[0])(zeros)
+    found = jax.jit(collect(jax.value_and_grad(network), gradients=True))(W, X)
+    (out, gradient), values, cotangents = found
+    assert_trees_close((out, gradient), (OUT, GRADIENT), rtol=1e-4, atol=1e-4)
+    assert_trees_close(dict(values), VALUES)
+    # A derivative rule does not pass through the tags of the function that it replaces.
+    assert [name for name in values if name not in cotangents] == ["custom", "flip"]
+    assert [name for name in values if name in cotangents] == list(cotangents)
+    assert np.isnan(cotangents.pop("other")).all()
+    np.testing.assert_allclose(cotangents["tree"][0], 2 * VALUES["tree"][0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(cotangents.pop("tree")[1]["half"], 1)
+    assert_trees_close(dict(cotangents), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tag_costs_nothing():
+    """The compiled program is that of the function without tags, also of its gradient."""
+
+    def program(mark):
+        def fn(w, x):
+            x, _ = jax.lax.scan(jax.checkpoint(lambda x, k: (mark(jnp.tanh(mark(x @ k, "a")), "b"), None)), x, w)
+            return jnp.sum(jax.vmap(lambda row: mark(row * row, "c"), 1)(x))
+
+        return jax.jit(jax.value_and_grad(fn)).lower(W["kernels"], X).compile().as_text()
+
+    plain, tagged = program(lambda x, name: x), program(tag)
+    instructions = [
+        [line.split(", metadata=")[0] for line in text.splitlines() if " = " in line] for text in (plain, tagged)
+    ]
+    assert len(instructions[0]) > 20
+    assert instructions[0] == instructions[1]
+
+
+def test_a_tag_is_the_identity():
+    x = jnp.ones((2, 3), jnp.bfloat16)
+    tree = {"x": x, "key": jax.random.key(0), "n": 3, "text": "t", "none": None}
+    found = tag(tree, "tree")
+    assert found["x"] is x
+    assert {k: v for k, v in found.items() if k not in ("x", "key")} == {"n": 3, "text": "t", "none": None}
+    primal, tangent = jax.jvp(lambda x: tag(x, "x"), (2.0,), (3.0,))
+    assert (primal, tangent) == (2.0, 3.0)
+    assert jax.hessian(lambda x: tag(x, "x") ** 3)(2.0) == 12.0
+    assert jax.linear_transpose(lambda x: 2 * tag(x, "x"), 1.0)(3.0) == (6.0,)
+    assert jax.eval_shape(lambda x: tag(x, "x"), x).dtype == jnp.bfloat16
+
+
+def test_names_that_repeat():
+    """One function that JAX traces once and calls twice: forth in order, back in reverse, each with its own value."""
+    assert list(collect(lambda x: [tag(x, name) for name in ("h", "h#2", "h")])(np.ones(1))[1]) == ["h", "h#2", "h#3"]
+    double = jax.jit(lambda x: tag(2 * x, "h"))
+
+    def loss(x):
+        return jnp.sum(double(double(x)) ** 3)
+
+    x = jnp.float32(1.0)
+    _, values, cotangents = collect(jax.grad(loss), gradients=True)(x)
+    assert (values["h"], values["h#2"]) == (2, 4)
+    assert (cotangents["h"], cotangents["h#2"]) == (96, 48)
+
+    step = jax.jit(jax.grad(loss))
+    _, values, cotangents = collect(lambda a, b: (step(a), step(b)), gradients=True)(x, 2 * x)  # two micro-batches
+    assert [float(values[name]) for name in ("h", "h#2", "h#3", "h#4")] == [2, 4, 4, 8]
+    assert [float(cotangents[name]) for name in ("h", "h#2", "h#3", "h#4")] == [96, 48, 384, 192]
+
+
+def test_collect_sees_functions_that_were_compiled_before():
+    fn = jax.jit(lambda x: 2 * tag(x + 1, "h"))
+    assert fn(1.0) == 4
+    assert collect(fn)(jnp.float32(1.0))[1]["h"] == 2
+
+
+def test_the_inner_collect_takes_its_tags():
+    def fn(x):
+        _, values = collect(lambda x: tag(x, "inner"))(x)
+        return tag(values["inner"] + 1, "outer")
+
+    assert list(collect(fn)(jnp.ones(2))[1]) == ["outer"]
+
+
+def test_loops_of_unknown_length_keep_the_last_value():
+    def fn(x, n):
+        x = jax.lax.fori_loop(0, n, lambda i, x: tag(x + 1, "float"), x)
+        return x, jax.lax.while_loop(lambda i: i < n, lambda i: tag(i + 1, "int"), 0)
+
+    collected = jax.jit(collect(fn))
+    (x, i), values = collected(jnp.zeros(2), 3)
+    assert (x.tolist(), int(i)) == ([3, 3], 3)
+    assert (values["float"].tolist(), int(values["int"])) == ([3, 3], 3)
+    _, values = collected(jnp.zeros(2), 0)
+    assert np.isnan(values["float"]).all()
+    assert values["int"] == 0
+
+
+def test_what_cannot_be_collected_is_said():
+    def solve(x):
+        matvec = lambda v: tag(2 * v, "inside")  # noqa: E731
+        return tag(jax.lax.custom_linear_solve(matvec, x, lambda _, b: b / 2, symmetric=True), "outside")
+
+    with pytest.warns(UserWarning, match="what is tagged inside custom_linear_solve is not collected"):
+        out, values = collect(solve)(jnp.ones(2))
+    assert out.tolist() == [0.5, 0.5]
+    assert list(values) == ["outside"]
+    condition = collect(lambda x: jax.lax.while_loop(lambda x: tag(x, "c") < 3, lambda x: x + 1, x))
+    with pytest.warns(UserWarning, match="inside the condition of a while_loop is not collected"):
+        out, values = condition(jnp.float32(0))
+    assert (out, values) == (3, {})
+
+
+def test_arguments_and_results_that_are_no_arrays():
+    def fn(x, mode, *, flag, scale=2):
+        assert isinstance(flag, bool)
+        return {"x": tag(x, "x") * scale, "mode": mode, "flag": flag, "none": None}
+
+    out, values = collect(fn)(np.ones(2, np.float32), "mode", flag=True)
+    assert {**out, "x": out["x"].tolist()} == {"x": [2, 2], "mode": "mode", "flag": True, "none": None}
+    assert values["x"].tolist() == [1, 1]
+
+
+def test_reduced_values_are_all_that_a_loop_keeps():
+    """Under `reduce` no array with the elements of all layers' activations exists, forwards."""
+    layers, batch, width = 7, 5, 11
+
+    def fn(w, x):
+        return jax.lax.scan(lambda x, k: (tag(jnp.tanh(x @ k), "h"), None), x, w)[0]
+
+    w, x = gaussian(layers, width, width), gaussian(batch, width)
+
+    def largest_but_weights(reduce):
+        jaxpr = jax.make_jaxpr(collect(fn, reduce=reduce))(w, x)
+        scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+        return max(v.aval.size for eqn in scans for v in eqn.outvars)
+
+    assert largest_but_weights(None) == layers * batch * width
+    assert largest_but_weights(rms) == batch * width
+    _, values = jax.jit(collect(fn, reduce=rms))(w, x)
+    _, whole = jax.jit(collect(fn))(w, x)
+    np.testing.assert_allclose(values["h"], rms(whole["h"], (1, 2)), rtol=1e-6)
+
+
+def mesh(kind=jax.sharding.AxisType.Auto):
+    return jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map(check_vma):
+    def local(x):
+        x = tag(x * tag(jnp.float32(2.0), "same"), "x")
+        return jax.lax.cond(jax.lax.axis_index("data") == 0, lambda x: x, lambda x: tag(x + 1, "most"), x)
+
+    spec = P("data")
+    fn = jax.shard_map(local, mesh=mesh(), in_specs=spec, out_specs=spec, check_vma=check_vma)
+    x = gaussian(16, 3)
+    _, values, cotangents = jax.jit(collect(jax.grad(lambda x: jnp.sum(fn(x) ** 2)), gradients=True))(x)
+    np.testing.assert_allclose(values["x"], 2 * x.reshape(8, 2, 3))
+    np.testing.assert_array_equal(values["same"], np.full(8, 2))
+    want = 2 * x.reshape(8, 2, 3) + 1
+    np.testing.assert_allclose(values["most"][1:], want[1:], rtol=1e-6)
+    assert np.isnan(values["most"][0]).all()
+    np.testing.assert_allclose(cotangents["most"][1:], 2 * want[1:], rtol=1e-6)
+
+
+def test_sharded_arrays():
+    """Under jit the values are global, whether the mesh is automatic or part of the types."""
+    w, x = gaussian(3, 4, 4), gaussian(16, 4)
+
+    def fn(w, x):
+        x = jax.lax.cond(jnp.sum(x) > 1e6, lambda x: tag(x, "no"), lambda x: x, x)
+        return jax.lax.scan(lambda x, k: (tag(jnp.tanh(x @ k), "h"), None), x, w)[0]
+
+    _, want = jax.jit(collect(fn, reduce=rms))(w, x)
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        sharded = jax.device_put(x, jax.NamedSharding(mesh(kind), P("data")))
+        replicated = jax.device_put(w, jax.NamedSharding(mesh(kind), P()))
+        _, values = jax.jit(collect(fn, reduce=rms))(replicated, sharded)
+        assert_trees_close(dict(values), dict(want))
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+WIDTH, BATCH, LAYERS = 6, 3, 4
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = rmsjax.nnx.RMSNorm(WIDTH, rngs=rngs)
+        self.dense = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.inner(x)
+
+    @nnx.remat
+    def inner(self, x):
+        return jax.nn.relu(tag(self.dense(self.norm(x)), "user's"))
+
+
+class Pair(nnx.Module):
+    """Calls one layer twice, and returns a tree of mixed dtypes."""
+
+    def __init__(self, rngs):
+        self.shared = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x, *, half):
+        y = self.shared(x)
+        z = self.shared(y)
+        return y, {"half": z.astype(half), "count": jnp.int32(3), "none": None, "empty": jnp.zeros(0)}
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs, *, scanned):
+        self.embed = nnx.Linear(4, WIDTH, rngs=rngs)
+        self.statistics = nnx.BatchNorm(WIDTH, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.scanned = scanned
+        if scanned:
+            self.blocks = nnx.split_rngs(splits=LAYERS)(nnx.vmap(Block, in_axes=0, out_axes=0))(rngs)
+        else:
+            self.blocks = getattr(nnx, "List", list)([Block(rngs) for _ in range(LAYERS)])  # no List in flax 0.11
+        self.pair = Pair(rngs)
+        self.head = nnx.Sequential(nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.relu, nnx.Linear(WIDTH, 2, rngs=rngs))
+
+    def __call__(self, x, half=jnp.bfloat16):
+        x = self.dropout(self.statistics(self.embed(x)))
+        if self.scanned:
+            x = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+        else:
+            for block in self.blocks:
+                x = block(x)
+        y, rest = self.pair(x, half=half)
+        return self.head(y + rest["half"].astype(y.dtype))
+
+
+def by_hand(model, x):
+    """What the layers of an unrolled `Model` return, called one by one."""
+    h = OrderedDict(embed=model.embed(x))
+    h["statistics"] = model.statistics(h["embed"])
+    h["dropout"] = x = model.dropout(h["statistics"])
+    for k, block in enumerate(model.blocks):
+        h[f"blocks/{k}/norm"] = block.norm(x)
+        h[f"blocks/{k}/dense"] = block.dense(h[f"blocks/{k}/norm"])
+        h["user's" + (f"#{k + 1}" if k else "")] = h[f"blocks/{k}/dense"]
+        h[f"blocks/{k}"] = x = x + jax.nn.relu(h[f"blocks/{k}/dense"])
+    h["pair/shared"] = model.pair.shared(x)
+    h["pair/shared#2"] = model.pair.shared(h["pair/shared"])
+    y, rest = h["pair"] = model.pair(x, half=jnp.bfloat16)
+    h["head/layers/0"] = model.head.layers[0](y + rest["half"].astype(jnp.float32))
+    h["head/layers/2"] = h["head"] = h["Model"] = model.head.layers[2](nnx.relu(h["head/layers/0"]))
+    return h
+
+
+def norms(activations):
+    """The RMS norms of activations, in float64 numpy, by the names of `activation_rms`."""
+    flat = {
+        name + jax.tree_util.keystr(path): leaf
+        for name, tree in activations.items()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.size
+    }
+    return {name: np.sqrt(np.mean(np.square(np.asarray(leaf, np.float64)))) for name, leaf in flat.items()}
+
+
+INPUT = gaussian(BATCH, 4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return nnx.jit(partial(Model, scanned=False))(nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def scanned():
+    return nnx.jit(partial(Model, scanned=True))(nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def linen_model():
+    module = LinenModel()
+    return module, jax.jit(module.init)(jax.random.key(0), INPUT)
+
+
+def test_every_layer_of_an_nnx_model(model):
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey))))
+    out, found = jax.jit(lambda model, x: capture(model, x))(model, INPUT)
+    after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey))))
+    assert_trees_close(after, before, rtol=0, atol=0)  # neither statistics nor counts of keys
+    assert type(model) is Model
+    assert type(model.embed) is nnx.Linear
+    want = nnx.jit(by_hand)(nnx.clone(model), INPUT)
+    assert list(found) == list(want)
+    assert_trees_close({**found, "pair": found["pair"][0]}, {**want, "pair": want["pair"][0]})
+    assert found["pair"][1]["half"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, found["Model"])
+    measured = activation_rms(model, INPUT)
+    assert list(measured) == [name for name in norms(found) if name != "pair"]
+    assert_trees_close(dict(measured), norms(found), rtol=1e-6)
+    assert set(measured) >= {"pair[0]", "pair[1]['half']"}
+    assert not set(measured) & {"pair[1]['count']", "pair[1]['empty']"}
+
+
+def test_stacked_layers_have_a_norm_each(scanned):
+    """A scan over stacked layers gives what a loop over them gives."""
+    measured = activation_rms(scanned, INPUT)
+    _, activations = capture(scanned, INPUT)
+    assert measured["blocks"].shape == measured["blocks/norm"].shape == (LAYERS,)
+    assert activations["blocks/dense"].shape == (LAYERS, BATCH, WIDTH)
+
+    @jax.jit
+    def loop(blocks, x):
+        graphdef, state = nnx.split(blocks)
+        norms = []
+        for k in range(LAYERS):
+            block = nnx.merge(graphdef, jax.tree.map(lambda leaf, k=k: leaf[k], state))
+            dense = block.dense(block.norm(x))
+            x = block(x)
+            norms.append((rms(dense), rms(x)))
+        return jnp.array(norms)
+
+    want = loop(scanned.blocks, activations["dropout"])
+    np.testing.assert_allclose(measured["blocks/dense"], want[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(measured["blocks"], want[:, 1], rtol=1e-5)
+
+
+def test_compiles_once_and_nothing_but_norms_leaves(model):
+    fn = jax.jit(lambda model, x: activation_rms(model, x))
+    compiled = fn.lower(model, np.tile(INPUT, (1000, 1))).compile()
+    outputs = jax.tree.leaves(compiled.out_info)
+    assert all(info.size == 1 for info in outputs)
+    assert compiled.memory_analysis().output_size_in_bytes <= 16 * len(outputs)  # 4 bytes and a pointer for each
+
+    traces = []
+
+    class Counted(nnx.Module):
+        def __call__(self, x):
+            traces.append(x)
+            return x
+
+    for scale in (1.0, 2.0):
+        assert float(activation_rms(Counted(), scale * jnp.ones(2))["Counted"]) == scale
+    assert len(traces) == 1
+
+
+def test_models_under_transformations():
+    """Under nnx.jit, and under vmap over the seeds of a model."""
+    graphdef, states = jax.jit(jax.vmap(lambda key: nnx.split(Block(nnx.Rngs(key)))))(
+        jax.random.split(jax.random.key(0), 2)
+    )
+    x = gaussian(BATCH, WIDTH)
+    found = jax.jit(jax.vmap(lambda state: activation_rms(nnx.merge(graphdef, state), x)))(states)
+    for k in range(2):
+        block = nnx.merge(graphdef, jax.tree.map(lambda leaf, k=k: leaf[k], states))
+        want = nnx.jit(lambda model, x: activation_rms(model, x))(block, x)
+        assert list(want) == list(found) == ["norm", "dense", "user's", "Block"]
+        assert_trees_close({name: norm[k] for name, norm in found.items()}, dict(want))
+
+
+def test_gradient_rms_of_an_nnx_model(model, scanned):
+    def loss(out):
+        return jnp.sum(out**2)
+
+    found = gradient_rms(loss, model, INPUT)
+    _, h = capture(model, INPUT)
+    head = model.head.layers
+    d_out = 2 * h["Model"]
+    d_hidden = jnp.where(h["head/layers/0"] > 0, d_out @ head[2].kernel[...].T, 0)
+    d_sum = d_hidden @ head[0].kernel[...].T
+    want = {
+        "Model": d_out,
+        "head/layers/2": d_out,
+        "head/layers/0": d_hidden,
+        "pair[0]": d_sum,
+        "pair[1]['half']": d_sum,
+        "pair/shared#2": d_sum,
+        "pair/shared": d_sum + d_sum @ model.pair.shared.kernel[...].T,
+    }
+    for name, value in want.items():
+        np.testing.assert_allclose(found[name], rms(value), rtol=2e-2 if "half" in name or "shared" in name else 1e-5)
+    assert list(found) == [name for name in activation_rms(model, INPUT) if name in found]
+    assert {"embed", "blocks/0/norm", "blocks/3"} <= set(found)
+    assert gradient_rms(loss, scanned, INPUT)["blocks/dense"].shape == (LAYERS,)
+
+
+class LinenBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + nn.Dense(WIDTH)(nn.LayerNorm()(x)), None
+
+
+class LinenModel(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(WIDTH)(x)
+        shared = nn.Dense(WIDTH, name="shared")
+        x = shared(shared(x))
+        stacked = nn.scan(nn.remat(LinenBlock), variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+        x, _ = stacked(name="stack")(x, None)
+        x, _ = nn.jit(LinenBlock)(name="jitted")(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.RNN(nn.SimpleCell(WIDTH), name="rnn")(x[None])[0]
+
+    def encode(self, x):
+        return self(x) + 1
+
+
+def test_every_layer_of_a_linen_model(linen_model):
+    module, variables = linen_model
+    measured = activation_rms(linen_model, INPUT)
+    assert list(measured) == [
+        *("Dense_0", "shared", "shared#2"),
+        *("stack/LayerNorm_0", "stack/Dense_0", "stack[0]"),
+        *("jitted/LayerNorm_0", "jitted/Dense_0", "jitted[0]"),
+        *("Dropout_0", "SimpleCell_0/i", "SimpleCell_0/h", "SimpleCell_0[0]", "SimpleCell_0[1]", "rnn", "LinenModel"),
+    ]
+    params = variables["params"]
+    x = nn.Dense(WIDTH).apply({"params": params["Dense_0"]}, INPUT)
+    np.testing.assert_allclose(measured["Dense_0"], rms(x), rtol=1e-5)
+    for name in ("shared", "shared#2"):
+        x = nn.Dense(WIDTH).apply({"params": params["shared"]}, x)
+        np.testing.assert_allclose(measured[name], rms(x), rtol=1e-5)
+    for k in range(LAYERS):
+        layer = jax.tree.map(lambda leaf, k=k: leaf[k], params["stack"])
+        normed = nn.LayerNorm().apply({"params": layer["LayerNorm_0"]}, x)
+        dense = nn.Dense(WIDTH).apply({"params": layer["Dense_0"]}, normed)
+        x = x + dense
+        np.testing.assert_allclose(measured["stack/LayerNorm_0"][k], rms(normed), rtol=1e-5)
+        np.testing.assert_allclose(measured["stack/Dense_0"][k], rms(dense), rtol=1e-5)
+        np.testing.assert_allclose(measured["stack[0]"][k], rms(x), rtol=1e-5)
+    x, _ = LinenBlock().apply({"params": params["jitted"]}, x)
+    np.testing.assert_allclose(measured["jitted[0]"], rms(x), rtol=1e-5)
+    assert measured["SimpleCell_0/h"].shape == (BATCH,)  # one norm for each step in time
+
+    out, activations = capture(linen_model, INPUT, True, rngs={"dropout": jax.random.key(1)})
+    dropped = module.apply(variables, INPUT, True, rngs={"dropout": jax.random.key(1)})
+    np.testing.assert_allclose(out, dropped, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(activations["jitted"][0], x, rtol=1e-5, atol=1e-6)
+    assert (activations["Dropout_0"] == 0).any()
+    encoded, _ = capture(linen_model, INPUT, method="encode")
+    np.testing.assert_allclose(encoded, module.apply(variables, INPUT) + 1, rtol=1e-5)
+
+
+def test_gradient_rms_of_a_linen_model(linen_model):
+    found = gradient_rms(jnp.sum, linen_model, INPUT)
+    assert float(found["LinenModel"]) == float(found["rnn"]) == 1.0
+    assert found["stack/Dense_0"].shape == (LAYERS,)
+    # The residual stream: what arrives behind the last block arrives at what its Dense layer adds.
+    np.testing.assert_allclose(found["stack/Dense_0"], found["stack[0]"], rtol=1e-6)
+
+
+def test_range_and_dtype(x64):
+    """The norm is that of `rms`: right where squares overflow, and in the accumulator's dtype."""
+
+    class Scale(nnx.Module):
+        def __call__(self, x, dtype):
+            return (x * 1e30).astype(dtype)
+
+    for dtype, accumulator in ((jnp.float32, np.float32), (jnp.bfloat16, np.float32), (jnp.float64, np.float64)):
+        norm = activation_rms(Scale(), jnp.full(4, 3.0, jnp.float32), dtype)["Scale"]
+        assert norm.dtype == accumulator
+        assert float(norm) == pytest.approx(3e30, rel=5e-3)
+
+
+def test_models_that_shard_themselves():
+    class Split(nnx.Module):
+        def __init__(self):
+            self.inner = Double()
+
+        def __call__(self, x):
+            return jax.shard_map(self.inner, mesh=mesh(), in_specs=P("data"), out_specs=P("data"))(x)
+
+    class Double(nnx.Module):
+        def __call__(self, x):
+            return 2 * x
+
+    x = gaussian(16, 3)
+    measured = activation_rms(Split(), x)
+    np.testing.assert_allclose([measured["inner"], measured["Split"]], np.full(2, rms(2 * x)), rtol=1e-6)
+
+
+def test_other_kinds_of_nnx_classes():
+    """Subclasses that call their parent count once; a module that is no pytree, or is shared, is a layer as well."""
+
+    class Parent(nnx.Module):
+        def __call__(self, x):
+            return x + 1
+
+    class Child(Parent):
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
+    class Root(nnx.Module, pytree=False):
+        def __init__(self):
+            self.first = self.second = Child()
+
+        def __call__(self, x):
+            return self.second(self.first(x))
+
+    measured = activation_rms(Root(), jnp.zeros(2))
+    assert {name: float(norm) for name, norm in measured.items()} == {"first": 2, "first#2": 6, "Root": 6}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert type(nnx.clone(Root())) is Root
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: tag(jnp.ones(2), 3), "tag: name must be a string, got 3"),
+        (lambda: capture(jnp.sin, 1.0), "capture: model must be .* for a plain function use tag and collect"),
+        (
+            lambda: activation_rms(LinenModel(), INPUT),
+            r"activation_rms: .* got LinenModel; write \(module, variables\)",
+        ),
+        (lambda: gradient_rms(jnp.sum, None, INPUT), "gradient_rms: model must be .* got NoneType"),
+        (lambda: gradient_rms(lambda y: y, nnx.Linear(1, 2, rngs=nnx.Rngs(0)), jnp.ones((1, 1))), "scalar-output"),
+    ],
+)
+def test_errors(call, match):
+    with pytest.raises(TypeError, match=match):
+        call()

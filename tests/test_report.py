@@ -1,0 +1,111 @@
+"""The table of norms: what it shows of trees and of optimizer states, and in which order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from rmsjax import (
+    RMSReport,
+    clip_by_relative_rms,
+    clip_by_rms,
+    normalize_by_rms,
+    record_rms,
+    rms_by_path,
+    rms_report,
+    stable_adamw,
+)
+
+TREE = {"in": {"kernel": jnp.full((2, 3), 0.1), "bias": jnp.zeros(3)}, "out": jnp.full((3, 2, 2), 7.0, jnp.bfloat16)}
+
+
+def test_a_tree_in_its_order():
+    report = rms_report(TREE)
+    assert repr(report).splitlines() == [
+        "path       shape      dtype     rms",
+        "in/bias    (3,)       float32   0",
+        "in/kernel  (2, 3)     float32   0.1",
+        "out        (3, 2, 2)  bfloat16  7",
+    ]
+    assert {row.path: float(row.rms[0]) for row in report} == {k: float(v) for k, v in rms_by_path(TREE).items()}
+    assert (len(report), report[-1].path, report[1:][0].path) == (3, "out", "in/kernel")
+    assert isinstance(report[1:], RMSReport)
+
+
+def test_worst_first():
+    """Not finite, then by the factor to the median, in either direction; a norm of 0 is infinitely far from it."""
+    norms = {"a": 1.0, "b": 1.0, "c": 1.1, "d": 0.9, "e": 30.0, "f": 0.01, "g": 0.0, "h": np.nan, "i": 1.0}
+    tree = {name: jnp.full(4, norm) for name, norm in norms.items()}
+    assert "".join(row.path for row in rms_report(tree, order="worst"))[:6] == "hgfedc"
+    assert "".join(row.path for row in rms_report({"a": jnp.zeros(2), "b": jnp.zeros(3)}, order="worst")) == "ab"
+    assert len(rms_report({}, order="worst")) == 0
+
+
+def test_several_norms_of_a_leaf_show_as_a_range():
+    stack = jnp.arange(1.0, 4)[:, None] * jnp.ones((3, 4))
+    report = rms_report({"stack": stack, "empty": jnp.zeros((0, 2)), "even": jnp.ones((2, 2))}, 1)
+    assert [line.split("  ")[-1] for line in repr(report).splitlines()[1:]] == ["-", "1", "1 to 3"]
+    np.testing.assert_array_equal(report[2].rms, [1, 2, 3])
+    broken = rms_report({"stack": stack.at[1].set(jnp.nan), "even": jnp.ones((2, 2))}, 1, order="worst")
+    assert (broken[0].path, repr(broken).splitlines()[1].split()[-1]) == ("stack", "nan")
+
+
+def test_global_scope_is_one_line():
+    assert repr(rms_report({"a": jnp.ones(2), "b": jnp.full(2, 7.0)}, "global")).split() == ["path", "rms", "all", "5"]
+
+
+def test_states_of_a_chain():
+    tx = optax.named_chain(
+        ("clip", clip_by_rms(1.0, "block")),
+        ("record", record_rms("global", ema_decay=0.5)),
+        ("adam", stable_adamw(1.0)),
+        ("rest", optax.chain(normalize_by_rms(2.0), clip_by_relative_rms(0.1, "global"))),
+    )
+    params = {"w": jnp.full(4, 5.0), "b": jnp.full(4, 0.5)}
+    state = tx.init(params)
+    for scale in (0.5, 2.0):
+        _, state = tx.update(jax.tree.map(lambda p, s=scale: s * p, params), state, params)
+    report = rms_report(state)
+    assert [row.path for row in report] == [
+        "clip/rms/b", "clip/rms/w", "record/rms", "record/ema_rms", "adam/0/ratio_rms/b", "adam/0/ratio_rms/w",
+        "rest/0/rms/b", "rest/0/rms/w", "rest/1/rms", "rest/1/param_rms",
+    ]  # fmt: skip
+    assert repr(report[:3]).splitlines() == [
+        "path        rms  clipped",
+        "clip/rms/b  1    0.0%",
+        "clip/rms/w  10   100.0%",
+        "record/rms  1",
+    ]
+    np.testing.assert_allclose(report[2].rms, optax.tree.get(state["record"], "rms"))
+    assert rms_report(state["clip"])[0].path == "rms/b"
+
+
+def test_what_a_notebook_shows():
+    html = rms_report({"<a&b>": jnp.ones(2)})._repr_html_()
+    assert html.startswith(
+        "<table><thead><tr><th>path</th><th>shape</th><th>dtype</th><th>rms</th></tr></thead><tbody>"
+    )
+    assert "<td>&lt;a&amp;b&gt;</td><td>(2,)</td><td>float32</td><td>1</td>" in html
+
+
+def test_a_flax_model():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    assert [row.path for row in rms_report(nnx.state(model), sep=".")] == ["bias", "kernel"]
+    optimizer = nnx.Optimizer(model, record_rms(), wrt=nnx.Param)
+    optimizer.update(model, nnx.state(model, nnx.Param))
+    assert [row.path for row in rms_report(optimizer.opt_state)] == ["rms/bias", "rms/kernel"]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="rms_report: order must be 'tree' or 'worst', got 'best'"):
+        rms_report(TREE, order="best")
+    with pytest.raises(
+        TypeError, match="rms_report: the tree must have values, not tracers; under jit use rms_by_path"
+    ):
+        jax.jit(rms_report)(TREE)
+    with pytest.raises(TypeError, match="rms_report: leaf 'a' must be an array of numbers"):
+        rms_report({"a": "text"})
+    with pytest.raises(ValueError, match="rms_report: scope axis 1 is out of range"):
+        rms_report(TREE, 1)

@@ -1,0 +1,658 @@
+"""The optax family: what each transformation computes, at every scale and dtype, in every composition, and training."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from flax.training.train_state import TrainState
+from jax.sharding import PartitionSpec as P
+from sklearn.datasets import load_digits
+
+import rmsjax
+from tests import optax_suite, stable_adamw
+from tests.optax_suite import ELEMENTS, GRADS, PARAMS, at
+
+SCOPES = optax_suite.SCOPES
+
+
+@pytest.fixture(autouse=True)
+def _quick_compiles():
+    """Compiling is most of the cost here, and what LLVM makes of tiny loops is of no interest."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def close(got, expected, rtol=1e-6, atol=0.0):
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(np.asarray(g, e.dtype), e, rtol, atol), got, expected)
+
+
+def run(tx, params, *grads):
+    """The updates and the state after the last of some steps."""
+    state = tx.init(params)
+    updates = None
+    for grad in grads:
+        updates, state = tx.update(grad, state, params)
+    return updates, state
+
+
+# -------------------------------------------------------------------------------------------------------- compositions
+
+
+@pytest.mark.parametrize("check", optax_suite.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_composes(name, scope, check):
+    check(name, scope)
+
+
+# --------------------------------------------------------------------------------------------------------------- values
+#
+# What each transformation does to one leaf (scope "block"), in NumPy and a type whose range and precision suffice.
+
+
+def root_mean_square(x):
+    return np.sqrt(np.mean(np.abs(x) ** 2))
+
+
+def oracle_clip(grads, params):
+    return grads[-1] * min(1, 0.5 / root_mean_square(grads[-1]))
+
+
+def oracle_relative(grads, params):
+    return grads[-1] * min(1, 0.5 * max(root_mean_square(params), 1e-3) / root_mean_square(grads[-1]))
+
+
+def oracle_normalize(grads, params):
+    return grads[-1] * 0.5 / root_mean_square(grads[-1])
+
+
+def oracle_record(grads, params):
+    return grads[-1]
+
+
+def oracle_stable(grads, params, b1=0.5, b2=0.99, eps=1e-6, weight_decay=0.0):
+    """Algorithm 2 of arXiv 2304.13013 as it is written there; the step without the learning rate."""
+    m, v = np.zeros_like(grads[0]), np.zeros_like(np.abs(grads[0]))
+    for t, g in enumerate(grads, 1):
+        b1_hat, b2_hat = (b * (1 - b ** (t - 1)) / (1 - b**t) for b in (b1, b2))
+        m = b1_hat * m + (1 - b1_hat) * g
+        v = b2_hat * v + (1 - b2_hat) * np.abs(g) ** 2
+    step = m / (np.sqrt(v) + eps) + weight_decay * params
+    return step / max(1, root_mean_square(grads[-1] / np.sqrt(np.maximum(v, eps**2))))
+
+
+def oracle_adamw(grads, params):
+    return -0.5 * oracle_stable(grads, params, b1=0.9, weight_decay=1e-2)
+
+
+ORACLES = {
+    "clip_by_rms": oracle_clip,
+    "clip_by_relative_rms": oracle_relative,
+    "normalize_by_rms": oracle_normalize,
+    "record_rms": oracle_record,
+    "scale_by_stable_adam": oracle_stable,
+    "stable_adamw": oracle_adamw,
+}
+# dtypes with their precision, and factors that take squares out of their range (but for 1).
+DTYPES = {
+    "float16": (2e-3, (1, 300.0, 3e4)),
+    "bfloat16": (1e-2, (1, 1e30, 1e-30)),
+    "float32": (2e-6, (1, 1e30, 1e-30)),
+    "float64": (1e-12, (1, 1e200, 1e-200)),
+    "complex64": (2e-6, (1, 1e30, 1e-30)),
+}
+
+
+def of_dtype(tree, dtype):
+    return jax.tree.map(lambda x: x + 1j * x[..., ::-1] if dtype == "complex64" else x, tree)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_values(name, dtype, request):
+    """In every dtype, for gradients and parameters of any finite size, and the dtype is kept."""
+    rtol, factors = DTYPES[dtype]
+    if dtype == "float64":
+        request.getfixturevalue("x64")
+    shape, rng = (3, 4), np.random.default_rng(0)
+    tx = ELEMENTS[name].make("block")
+    for factor in factors:
+        grads, params = (of_dtype(rng.normal(size=(n, *shape)).clip(-2, 2), dtype) for n in (3, 1))
+        grads = [jnp.asarray(g * s * factor, dtype) for g, s in zip(grads, (0.5, 0.1, 1.0), strict=True)]
+        params = jnp.asarray(params[0] * (factor if factor < 1e300 else 1), dtype)
+        got, state = run(tx, params, *grads)
+        assert got.dtype == dtype
+        wide = np.complex128 if dtype == "complex64" else np.longdouble
+        expected = ORACLES[name]([np.asarray(g, wide) for g in grads], np.asarray(params, wide))
+        np.testing.assert_allclose(np.asarray(got, wide), expected, rtol, rtol * np.abs(expected).max())
+        if hasattr(state, "rms"):
+            np.testing.assert_allclose(state.rms, root_mean_square(np.asarray(grads[-1], wide)), 1e-6)
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_eager_jit_and_vmap_agree(name):
+    tx = ELEMENTS[name].make("block")
+    params = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4)), jnp.float32)
+    grads = 3 * params[:, ::-1]
+    states = jax.vmap(tx.init)(params)
+    together = jax.jit(jax.vmap(tx.update))(grads, states, params)
+    alone = [tx.update(grads[k], at(states, k), params[k]) for k in range(2)]
+    close(together, jax.tree.map(lambda *xs: jnp.stack(xs), *alone))
+    close(jax.jit(tx.update)(grads[0], at(states, 0), params[0]), alone[0])
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_derivative(name):
+    """Along a direction in gradients and parameters, against differences of the oracle."""
+    tx = ELEMENTS[name].make("block")
+    rng = np.random.default_rng(2)
+    first, grad, params, dgrad, dparams = (rng.normal(size=(3, 4)) for _ in range(5))
+    f = lambda grad, params: run(tx, params, jnp.asarray(first, jnp.float32), grad)[0]  # noqa: E731
+    args = [jnp.asarray(x, jnp.float32) for x in (grad, params, dgrad, dparams)]
+    got = jax.jvp(f, args[:2], args[2:])[1]
+    h = 1e-5
+    ahead, behind = (ORACLES[name]([first, grad + s * dgrad], params + s * dparams) for s in (h, -h))
+    np.testing.assert_allclose(got, (ahead - behind) / (2 * h), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_zeros_stay_zeros_with_a_finite_derivative(name, scope):
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    tx = ELEMENTS[name].make(SCOPES[scope])
+    total = lambda u, p: sum(x.sum() for x in jax.tree.leaves(run(tx, p, u)[0]))  # noqa: E731
+    slopes = jax.grad(total, (0, 1))(zeros, zeros)
+    assert all(jnp.isfinite(s).all() for s in jax.tree.leaves(slopes))
+    updates, _ = run(tx, zeros, zeros, zeros)
+    assert not any(u.any() for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        rmsjax.clip_by_rms(0.0, "block"),
+        rmsjax.clip_by_relative_rms(0.0),
+        rmsjax.clip_by_relative_rms(1.0, min_rms=0.0),
+        rmsjax.normalize_by_rms(0.0),
+        rmsjax.scale_by_stable_adam(eps=0.0),
+    ],
+)
+def test_zero_is_a_legal_number(tx):
+    zeros = jnp.zeros(3)
+    for grad in (zeros, jnp.ones(3)):
+        updates, _ = run(tx, zeros, grad)
+        expected = float(grad[0]) if tx.init(zeros)._fields[0] == "grad_mean" else 0
+        assert updates.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_what_is_not_finite_stays_visible(name, bad):
+    grads = {"bad": jnp.array([1.0, bad, 2.0]), "good": jnp.ones(2)}
+    updates, _ = run(ELEMENTS[name].make("block"), jax.tree.map(jnp.ones_like, grads), grads)
+    assert not jnp.isfinite(updates["bad"]).all()
+    assert jnp.isfinite(updates["good"]).all()
+
+
+# --------------------------------------------------------------------------------------------------------------- trees
+
+
+TREES = {
+    "array": lambda x: x,
+    "no leaves": lambda x: {"a": None, "b": optax.MaskedNode(), "c": ()},
+    "nested": lambda x: ({"a": x, "b": None}, [2 * x, optax.MaskedNode()]),
+    "empty leaf": lambda x: {"a": jnp.zeros((0, 3)), "b": x},
+    "frozen": lambda x: linen.FrozenDict({"a": x}),
+    "linen boxes": lambda x: {"a": linen.Partitioned(x, names=("in", "out"))},
+    "nnx state": lambda x: nnx.State({"a": nnx.Param(x)}),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_containers(name, tree):
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3)), jnp.float32)
+    grads = TREES[tree](x)
+    tx = ELEMENTS[name].make("block")
+    updates, _ = run(tx, grads, grads, grads)
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    leaves = [run(tx, leaf, leaf, leaf)[0] for leaf in jax.tree.leaves(grads)]
+    close(jax.tree.leaves(updates), leaves)
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_states_of_sharded_parameters(name):
+    """Flax's boxes say how a parameter is sharded. The norm of a matrix is a scalar and cannot be sharded like it."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    tx = ELEMENTS[name].make("block")
+
+    def model():
+        init = nnx.with_partitioning(nnx.initializers.ones_init(), ("a", "b"))
+        bias_init = nnx.with_partitioning(nnx.initializers.ones_init(), ("b",))
+        return nnx.Linear(4, 8, kernel_init=init, bias_init=bias_init, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def step():
+        optimizer = nnx.Optimizer(module := model(), tx, wrt=nnx.Param)
+        optimizer.update(module, nnx.state(module, nnx.Param))
+        state = nnx.state(optimizer)
+        return jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state))
+
+    dense = linen.Dense(
+        8, kernel_init=linen.with_partitioning(linen.initializers.ones_init(), ("a", "b")), use_bias=False
+    )
+
+    def init():
+        params = dense.init(jax.random.key(0), jnp.ones((1, 4)))
+        state = TrainState.create(apply_fn=None, params=params, tx=tx)
+        return state.apply_gradients(grads=params)
+
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
+        step()
+        shardings = linen.get_sharding(jax.eval_shape(init), mesh)
+        state = jax.jit(init, out_shardings=shardings)()
+    kernel = state.params["params"]["kernel"].value
+    assert kernel.sharding.spec == P("a", "b")
+    close(kernel, run(tx, jnp.ones((4, 8)), jnp.ones((4, 8)))[0] + 1)
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_axis_name_gives_what_one_device_gives(name):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = {"split": jnp.arange(32.0).reshape(16, 2), "whole": jnp.arange(1, 4.0)}
+    grads = jax.tree.map(lambda p: 3 - p, params)
+    make = partial(ELEMENTS[name].factory, **{ELEMENTS[name].hyper: 0.5})
+    tx, sharded = make(scope="global"), make(scope="global", axis_name="x")
+    specs = {"split": P("x"), "whole": P()}
+    state = tx.init(params)
+    state_specs = optax.tree_map_params(tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P())
+    update = jax.shard_map(
+        sharded.update, mesh=mesh, in_specs=(specs, state_specs, specs), out_specs=(specs, state_specs)
+    )
+    close(jax.jit(update)(grads, state, params), tx.update(grads, state, params), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_stacked_layers_are_as_layers_by_themselves(name):
+    grads = [g["stack"] for g in (at(GRADS, 0), at(GRADS, 1))]
+    stacked, _ = run(ELEMENTS[name].make((1, 2)), PARAMS["stack"], *grads)
+    tx = ELEMENTS[name].make("block")
+    layers = [run(tx, PARAMS["stack"][k], *[g[k] for g in grads])[0] for k in range(3)]
+    close(stacked, jnp.stack(layers))
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_gradients_of_another_dtype_than_the_parameters(name, x64):
+    """Also where a scope goes by the dtype: parameters are pooled as the updates are."""
+    scope = lambda path, leaf: "half" if leaf.dtype == jnp.bfloat16 else "block"  # noqa: E731
+    txs = (ELEMENTS[name].make("block"), ELEMENTS[name].make(scope))
+    for grad_dtype, param_dtype in (("bfloat16", "float32"), ("float32", "float64")):
+        params = {"a": jnp.full(3, 2.0, param_dtype), "b": jnp.full(3, 4.0, param_dtype)}
+        grads = {key: (p * 8).astype(grad_dtype) for key, p in params.items()}
+        for tx in txs:
+            state = tx.init(params)
+            updates, new = tx.update(grads, state, params)
+            assert {u.dtype for u in updates.values()} == {jnp.dtype(grad_dtype)}
+            assert optax_suite.signature(new) == optax_suite.signature(state)
+
+
+# -------------------------------------------------------------------------------------------------------------- states
+
+
+def test_the_state_of_a_clip_is_found_in_a_chain():
+    tx = optax.chain(rmsjax.clip_by_rms(1.0, "block"), optax.sgd(0.1, momentum=0.9))
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    _, state = run(tx, params, {"a": jnp.full(2, 2.0), "b": jnp.full(2, 1.0)}, {"a": jnp.ones(2), "b": jnp.ones(2)})
+    assert optax.tree.get(state, "rms") == {"a": 1, "b": 1}
+    assert optax.tree.get(state, "num_updates") == 2
+    assert optax.tree.get(state, "num_clipped") == {"a": 1, "b": 0}
+    assert state[0].share_clipped == {"a": 0.5, "b": 0}
+    assert tx.init(params)[0].share_clipped == {"a": 0, "b": 0}
+
+
+def test_what_is_not_clipped_comes_back_as_it_was():
+    """To the bit, also where the norm is the bound."""
+    grads = at(GRADS, 0)
+    norms = rmsjax.tree_rms(grads)
+    for tx in (rmsjax.clip_by_rms(norms), rmsjax.clip_by_relative_rms(1e3)):
+        updates, state = run(tx, PARAMS, grads)
+        jax.tree.map(np.testing.assert_array_equal, updates, grads)
+        assert not any(jax.tree.leaves(state.num_clipped))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_relative_clip_bounds_the_norm_by_that_of_the_parameters(scope):
+    scope = SCOPES[scope]
+    params = PARAMS | {"stack": PARAMS["stack"] * 1e-6}
+    updates, state = run(rmsjax.clip_by_relative_rms(0.1, scope), params, at(GRADS, 1))
+    close(state.param_rms, rmsjax.tree_rms(params, scope))
+    close(state.rms, rmsjax.tree_rms(at(GRADS, 1), scope))
+    bounds = jax.tree.map(lambda p: 0.1 * jnp.maximum(p, 1e-3), state.param_rms)
+    close(rmsjax.tree_rms(updates, scope), bounds)
+    assert all((share == 1).all() for share in jax.tree.leaves(state.share_clipped))
+
+
+def test_relative_clip_is_neutral_in_width():
+    """The same share of the parameters' norm moves in one step, at every width."""
+    shares = []
+    for width in (32, 512):
+        params = jax.random.normal(jax.random.key(0), (width, width)) / np.sqrt(width)
+        updates, _ = run(rmsjax.clip_by_relative_rms(0.01), params, jnp.sin(params))
+        shares.append(rmsjax.rms(updates) / rmsjax.rms(params))
+    close(jnp.stack(shares), jnp.array([0.01, 0.01]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-3, 10.0])
+def test_normalize_is_rms_normalize_with_a_target(epsilon):
+    updates, _ = run(rmsjax.normalize_by_rms(0.2, -1, epsilon=epsilon), PARAMS, at(GRADS, 1))
+    close(updates, jax.tree.map(lambda g: 0.2 * rmsjax.rms_normalize(g, epsilon=epsilon), at(GRADS, 1)))
+
+
+def test_record_keeps_the_norm_and_its_moving_average():
+    tx = rmsjax.record_rms("block", ema_decay=0.9)
+    norms, state = [], tx.init(PARAMS)
+    for step in range(4):
+        updates, state = tx.update(at(GRADS, step), state)
+        jax.tree.map(np.testing.assert_array_equal, updates, at(GRADS, step))
+        norms.append(np.array(jax.tree.leaves(rmsjax.tree_rms(updates, "block")), np.float64))
+        weights = 0.9 ** np.arange(step, -1, -1)
+        np.testing.assert_array_equal(jax.tree.leaves(state.rms), norms[-1])
+        np.testing.assert_allclose(jax.tree.leaves(state.ema_rms), weights @ norms / weights.sum(), rtol=1e-6)
+    assert state.num_updates == 4
+    assert rmsjax.record_rms().init(PARAMS).ema_rms is None
+
+
+# --------------------------------------------------------------------------------------------------- in optax's place
+
+
+def test_block_clip_is_that_of_optax():
+    for step in range(4):
+        for max_rms in (1e-3, 0.5, 10.0):
+            expected, _ = run(optax.clip_by_block_rms(max_rms), PARAMS, at(GRADS, step))
+            close(run(rmsjax.clip_by_rms(max_rms, "block"), PARAMS, at(GRADS, step))[0], expected, rtol=5e-7)
+
+
+def test_global_clip_is_that_of_optax_over_the_root_of_the_count():
+    count = sum(p.size for p in jax.tree.leaves(PARAMS))
+    for step in range(4):
+        expected, _ = run(optax.clip_by_global_norm(1.0), PARAMS, at(GRADS, step))
+        close(run(rmsjax.clip_by_rms(1 / np.sqrt(count)), PARAMS, at(GRADS, step))[0], expected, rtol=1e-6)
+
+
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    return jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
+
+
+def mlp():
+    keys = jax.random.split(jax.random.key(0), 2)
+    return {
+        "hidden": {"kernel": jax.random.normal(keys[0], (64, 32)) / 8, "bias": jnp.zeros(32)},
+        "out": {"kernel": jax.random.normal(keys[1], (32, 10)) / 8, "bias": jnp.zeros(10)},
+    }
+
+
+def loss_of(params, images, labels):
+    hidden = jnp.tanh(images @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
+    logits = hidden @ params["out"]["kernel"] + params["out"]["bias"][None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def train(tx, steps, *, spike_at=None, dtype=jnp.float32):
+    """(losses, states) over training; the gradient of one step may be 10^4 times too large."""
+    images, labels = digits()
+
+    def step(carry, k):
+        params, state = carry
+        batch = (k * 64 + jnp.arange(64)) % len(labels)
+        loss, grads = jax.value_and_grad(loss_of)(params, images[batch], labels[batch])
+        spike = jnp.where(k == spike_at, 1e4, 1.0) if spike_at is not None else 1.0
+        grads = jax.tree.map(lambda g: (g * spike).astype(dtype), grads)
+        updates, state = tx.update(grads, state, params)
+        params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
+        return (params, state), (loss, state)
+
+    params = mlp()
+    # Optax adds moments and gradients of different dtypes.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))[1])()
+
+
+def adafactor(clip):
+    """The chain of `optax.adafactor`."""
+    return optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=16),
+        clip,
+        optax.scale_by_learning_rate(0.05, flip_sign=False),
+        optax.scale_by_param_block_rms(),
+        optax.scale(-1),
+    )
+
+
+def big_vision(clip):
+    """A chain as in google-research/big_vision: its Adafactor under a global clip, weight decay, a schedule."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+        clip,
+        optax.ema(0.9, debias=False, accumulator_dtype=jnp.bfloat16),
+        optax.scale(0.03),
+        optax.add_decayed_weights(1e-4, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        optax.scale_by_schedule(optax.warmup_cosine_decay_schedule(0.0, 1.0, 5, 40)),
+        optax.scale(-1),
+    )
+
+
+@pytest.mark.parametrize("chain", [adafactor, big_vision])
+def test_drop_in_for_the_block_clip_of_optax(chain):
+    """Equal training curves, where the clip acts at some steps."""
+    theirs = optax.clip_by_block_rms(1.0)
+    expected, _ = train(optax.adafactor(0.05, 16) if chain is adafactor else chain(theirs), 40)
+    got, states = train(chain(rmsjax.clip_by_rms(1.0, "block")), 40)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert expected[-1] < 0.8 * expected[0]
+    clipped = optax.tree.get(at(states, -1), "num_clipped")
+    assert any(0 < n < 40 for n in jax.tree.leaves(clipped))
+
+
+# -------------------------------------------------------------------------------------------------------------- spikes
+
+
+MAX_NORM, SPIKE, STEPS = 1.0, 40, 100
+COUNT = 64 * 32 + 32 + 32 * 10 + 10
+MAX_RMS = MAX_NORM / np.sqrt(COUNT)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_spike(dtype):
+    """One batch x 10^4 under AdamW. Without a clip training stalls; with ours it recovers, and the state tells."""
+
+    def with_clip(clip, spike_at):
+        to_float32 = optax.stateless_with_tree_map(lambda u, _: u.astype(jnp.float32))  # AdamW squares what it is given
+        return train(optax.chain(clip, to_float32, optax.adamw(3e-3)), STEPS, spike_at=spike_at, dtype=dtype)
+
+    calm, _ = with_clip(optax.identity(), None)
+    bare, _ = with_clip(optax.identity(), SPIKE)
+    theirs, _ = with_clip(optax.clip_by_global_norm(MAX_NORM), SPIKE)
+    ours, (state, *_) = with_clip(rmsjax.clip_by_rms(MAX_RMS), SPIKE)
+
+    last = slice(-10, None)
+    assert bare[last].mean() > 1.5 * calm[last].mean()
+    assert theirs[last].mean() < 1.1 * calm[last].mean()
+    assert ours[last].mean() < 1.1 * calm[last].mean()
+
+    # The step, the norm, and the share clipped.
+    before = state.rms[SPIKE - 10 : SPIKE].mean()
+    assert state.rms.argmax() == SPIKE
+    assert 3e3 < state.rms[SPIKE] / before < 3e4
+    assert state.num_clipped[SPIKE] == state.num_clipped[SPIKE - 1] + 1
+    assert state.num_updates[SPIKE] == SPIKE + 1
+    assert at(state, SPIKE).share_clipped < 0.5
+
+
+def test_a_spike_in_float16_is_clipped_and_not_erased():
+    """The sum of its squares overflows: optax takes the step for infinite, divides by it, and reports no fault."""
+    grads = jax.tree.map(lambda g: (g * 1e4).astype(jnp.float16), mlp())
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    erased, state = run(optax.apply_if_finite(optax.clip_by_global_norm(MAX_NORM), 3), grads, grads)
+    assert not any(u.any() for u in jax.tree.leaves(erased))
+    assert state.total_notfinite == 0
+    clipped, state = run(rmsjax.clip_by_rms(MAX_RMS), grads, grads)
+    np.testing.assert_allclose(rmsjax.tree_rms(clipped), MAX_RMS, rtol=1e-3)
+    flat = np.concatenate([np.ravel(g).astype(np.float64) for g in jax.tree.leaves(grads)])
+    np.testing.assert_allclose(state.rms, root_mean_square(flat), rtol=1e-6)
+    assert state.num_clipped == 1
+
+
+# --------------------------------------------------------------------------------------------------------- stable adam
+
+
+@pytest.fixture(scope="module")
+def stable_trajectory():
+    tx = rmsjax.stable_adamw(stable_adamw.LEARNING_RATE, weight_decay=stable_adamw.WEIGHT_DECAY)
+    params = jax.tree.map(jnp.asarray, stable_adamw.start())
+    state, history = tx.init(params), []
+
+    @jax.jit
+    def update(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for step in range(stable_adamw.STEPS):
+        params, state = update(stable_adamw.gradient(params, step), state, params)
+        history.append(jax.tree.map(np.asarray, (params, state[0].num_clipped)))
+    return jax.tree.map(lambda *xs: np.stack(xs), *history)
+
+
+def assert_same_trajectory(got, expected):
+    for name, values in expected.items():
+        for g, e in zip(got[name], values, strict=True):
+            np.testing.assert_allclose(g, e, rtol=0, atol=1e-5 * np.abs(e).max())
+
+
+def test_stable_adamw_follows_the_recorded_trajectory_of_torch_optimi(stable_trajectory):
+    got, clipped = stable_trajectory
+    with np.load(stable_adamw.FIXTURE) as recorded:
+        assert_same_trajectory({name: values[stable_adamw.RECORDED] for name, values in got.items()}, dict(recorded))
+    assert all(n[-1] > 1 and n[stable_adamw.SPIKE] == n[stable_adamw.SPIKE - 1] + 1 for n in clipped.values())
+
+
+def test_stable_adamw_follows_torch_optimi(stable_trajectory):
+    pytest.importorskip("optimi")
+    assert_same_trajectory(stable_trajectory[0], stable_adamw.torch_trajectory())
+
+
+def test_stable_adam_without_a_spike_is_adam():
+    """Constant gradients do not outgrow their average."""
+    params, grads = PARAMS, [at(GRADS, 0)] * 3
+    with jax.numpy_dtype_promotion("standard"):
+        expected, _ = run(optax.scale_by_adam(b2=0.99, eps=1e-6), params, *grads)
+    updates, state = run(rmsjax.scale_by_stable_adam(), params, *grads)
+    close(updates, expected, rtol=1e-4)
+    assert not any(jax.tree.leaves(state.num_clipped))
+
+
+def test_decay_slows_with_the_step_and_keeps_to_its_mask():
+    params = {"kernel": jnp.full(4, 2.0), "bias": jnp.full(4, 2.0)}
+    grads = [jax.tree.map(lambda p, s=s: s * p, params) for s in (0.0, 1.0)]
+    mask = {"kernel": True, "bias": False}
+    _, state = run(plain := rmsjax.scale_by_stable_adam(), params, *grads)
+    step, _ = run(plain, params, *grads)
+    for given in (mask, lambda params: mask):
+        decayed, _ = run(rmsjax.scale_by_stable_adam(weight_decay=0.5, mask=given), params, *grads)
+        np.testing.assert_array_equal(decayed["bias"], step["bias"])
+        assert state.ratio_rms["kernel"] > 1.4
+        np.testing.assert_allclose(decayed["kernel"] - step["kernel"], 0.5 * 2 / state.ratio_rms["kernel"], rtol=1e-5)
+
+
+def test_moments_of_low_precision_parameters_are_in_float32_unless_told():
+    params = jnp.ones(3, jnp.bfloat16)
+    state = rmsjax.scale_by_stable_adam().init(params)
+    assert (state.grad_mean.dtype, state.grad_rms.dtype) == (jnp.float32, jnp.float32)
+    tx = rmsjax.stable_adamw(0.1, mu_dtype=jnp.bfloat16)
+    _, (state, _) = run(tx, params, params, params)
+    assert (state.grad_mean.dtype, state.grad_rms.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_b2_near_one_is_not_rounded():
+    """1 - 0.9999 in float32, as 1 - float32(0.9999), is off by 2e-5; after a step the average would be, too."""
+    grad = jnp.array([3.0])
+    _, state = run(rmsjax.scale_by_stable_adam(b1=0.9999, b2=0.9999), grad, grad)
+    assert (state.grad_mean, state.grad_rms) == (3.0, 3.0)
+    _, state = run(rmsjax.scale_by_stable_adam(b1=0.9999, b2=0.9999), grad, grad, 2 * grad)
+    np.testing.assert_allclose(state.grad_mean, 3 * (0.9999 + 2) / 1.9999, rtol=3e-7)
+    np.testing.assert_allclose(state.grad_rms, 3 * np.sqrt((0.9999 + 4) / 1.9999), rtol=3e-7)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: rmsjax.clip_by_rms(-1.0), ValueError, "clip_by_rms: max_rms must be at least 0, got -1.0"),
+        (lambda: rmsjax.clip_by_rms(np.nan), ValueError, "clip_by_rms: max_rms must be at least 0, got nan"),
+        (lambda: rmsjax.clip_by_rms("1"), TypeError, "clip_by_rms: max_rms must be a number, got '1'"),
+        (lambda: rmsjax.clip_by_relative_rms(-0.1), ValueError, "clip_by_relative_rms: max_ratio must be at least 0"),
+        (lambda: rmsjax.clip_by_relative_rms(0.1, min_rms=-1), ValueError, "min_rms must be at least 0, got -1"),
+        (lambda: rmsjax.clip_by_relative_rms(None), TypeError, "max_ratio must be a number, got None"),
+        (lambda: rmsjax.normalize_by_rms(-1), ValueError, "normalize_by_rms: target must be at least 0"),
+        (lambda: rmsjax.normalize_by_rms(epsilon=-1), ValueError, "normalize_by_rms: epsilon must be at least 0"),
+        (lambda: rmsjax.record_rms(ema_decay=1.0), ValueError, "record_rms: ema_decay must be below 1, got 1.0"),
+        (lambda: rmsjax.record_rms(ema_decay=-0.1), ValueError, "record_rms: ema_decay must be at least 0"),
+        (lambda: rmsjax.scale_by_stable_adam(1.0), ValueError, "scale_by_stable_adam: b1 must be below 1"),
+        (lambda: rmsjax.stable_adamw(1e-3, b2=1), ValueError, "scale_by_stable_adam: b2 must be below 1"),
+        (lambda: rmsjax.stable_adamw(1e-3, eps=-1e-8), ValueError, "scale_by_stable_adam: eps must be at least 0"),
+        (lambda: rmsjax.stable_adamw(1e-3, weight_decay=-1), ValueError, "weight_decay must be at least 0"),
+    ],
+)
+def test_bad_numbers(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_bad_trees_and_scopes(name):
+    function = "scale_by_stable_adam" if name == "stable_adamw" else name
+    tx = ELEMENTS[name].make("block")
+    with pytest.raises(TypeError, match=f"{function}: leaf 'count' must be an array of floating-point"):
+        tx.init({"count": jnp.arange(3)})
+    with pytest.raises(ValueError, match=f"{function}: scope must be 'global', 'block', .*did you mean 'block'"):
+        ELEMENTS[name].make("blok").init(jnp.ones(3))
+    with pytest.raises(ValueError, match=rf"{function}: scope axis 1 is out of range .*\(leaf 'b'\)"):
+        ELEMENTS[name].make(1).init({"b": jnp.ones(3)})
+    with pytest.raises(ValueError, match=f"{function}: axis_name 'x' is not bound"):
+        run(ELEMENTS[name].factory(**{ELEMENTS[name].hyper: 0.5}, axis_name="x"), jnp.ones(3), jnp.ones(3))
+    with pytest.raises(TypeError, match=r"under optax\.inject_hyperparams name it in static_args"):
+        optax.inject_hyperparams(ELEMENTS[name].factory)(**{ELEMENTS[name].hyper: 0.5}, scope=0).init(jnp.ones(3))
+
+
+@pytest.mark.parametrize("name", [name for name in ELEMENTS if "stable" not in name])
+def test_updates_of_another_structure_than_at_init(name):
+    tx = ELEMENTS[name].make("block")
+    with pytest.raises(ValueError, match=f"{name}: updates must have the structure of the params that init was given"):
+        tx.update({"a": jnp.ones(3)}, tx.init({"a": jnp.ones(3), "b": jnp.ones(3)}), {"a": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("name", ["clip_by_relative_rms", "stable_adamw"])
+def test_missing_params(name):
+    tx = ELEMENTS[name].make("block")
+    with pytest.raises(ValueError, match=r"update needs the parameters: call tx.update\(updates, state, params\)"):
+        tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+
+
+def test_params_that_do_not_fit_the_updates():
+    tx = rmsjax.clip_by_relative_rms(0.1)
+    grads = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    for params, expected in (
+        ({"a": jnp.ones(3), "b": jnp.ones(4)}, r"expected 'b' of shape \(2,\), got 'b' of shape \(4,\)"),
+        ({"a": jnp.ones(3)}, r"expected 'b' of shape \(2,\), got nothing"),
+        (grads | {"c": jnp.ones(1)}, r"expected nothing, got 'c' of shape \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"params must have the leaves of the updates: {expected}"):
+            tx.update(grads, tx.init(grads), params)
