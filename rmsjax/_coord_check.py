@@ -161,7 +161,7 @@ class WidthRecord:
         return "\n".join(
             [
                 f"slopes of log RMS against log width, mean over {_counted(len(self.seeds), 'seed')} ± 95 % interval",
-                f"widths {', '.join(map(str, self.widths))}, {_counted(self.steps, 'step')} of training",
+                f"widths {', '.join(map(str, self.widths))}; {_counted(self.steps, 'step')} of training",
                 "",
                 *text_table(rows),
                 "",

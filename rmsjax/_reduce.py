@@ -321,46 +321,6 @@ def _(axis_size: int, in_batched: list[bool], ok: Array) -> tuple[Array, bool]:
     return _everywhere(ok), False
 
 
-def _guarded_sums(plan: Plan, leaves: Sequence[Array]) -> tuple[PerPool, PerPool]:
-    """(sums, scales): the sums of squares of leaves * scale; scale is 1 unless the naive sum left the safe window."""
-    sizes = _sizes(plan)
-    naive = _sums(leaves, plan, None)
-    if all(_squares_fit(leaf.dtype, plan.dtype) for leaf in leaves):
-        return naive, jax.tree.map(lambda _: 1.0, naive)
-    low, high, scale = _window(plan.dtype)
-    if plan.epsilon >= 1e8 * low:
-        low = -1.0  # whatever underflowed, epsilon outweighs it
-
-    def pick(s: Array, n: Any, below: Any, inside: Any, above: Any) -> Array:
-        return jnp.where(s < high, jnp.where(s >= low * n, inside, below), above)  # NaN goes above, and stays NaN
-
-    scales = jax.tree.map(lambda s, n: pick(s, n, scale, 1.0, 1 / scale).astype(s.dtype), naive, sizes)
-
-    def rescale(leaves: Sequence[Array], naive: PerPool) -> PerPool:
-        """Read the leaves again only if some sum demands it."""
-        inside = jax.tree.map(lambda s, n: _everywhere((s < high) & (s >= low * n)), naive, sizes)
-        return lax.cond(
-            reduce(jnp.logical_and, jax.tree.leaves(inside)),
-            lambda leaves, naive, scales: naive,
-            lambda leaves, naive, scales: _sums(leaves, plan, scales),
-            leaves,
-            naive,
-            scales,
-        )
-
-    def all_scales(leaves: Sequence[Array], naive: PerPool) -> PerPool:
-        """Three sums in one reading of the leaves, and no branch: no more traffic for an accelerator, and no sync."""
-
-        def at(value: float) -> PerPool:
-            return _sums(leaves, plan, jax.tree.map(lambda s: jnp.full_like(s, value), naive))
-
-        return jax.tree.map(pick, naive, sizes, at(scale), naive, at(1 / scale))
-
-    if len(leaves) == 1:  # an array may be measured hundreds of times in a step, a tree is measured once
-        return lax.platform_dependent(leaves, naive, cpu=rescale, default=all_scales), scales
-    return rescale(leaves, naive), scales
-
-
 # ------------------------------------------------------------------------------------------------------------ the root
 
 
@@ -408,6 +368,52 @@ def _root(plan: Plan, total: Array, scale: Array | float, count: Any) -> Array:
     return jnp.where(rounded_up, limit, root) / scale
 
 
+def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerPool:
+    """The root of each pool: from the naive sums, unless some sum left the safe window."""
+    sizes = _sizes(plan)
+    naive = _sums(leaves, plan, None)
+
+    def roots(sums: PerPool, counts: PerPool, scales: PerPool | float = 1.0) -> PerPool:
+        scales = jax.tree.map(lambda _: scales, sums) if isinstance(scales, float) else scales
+        return jax.tree.map(partial(_root, plan), sums, scales, counts)
+
+    if all(_squares_fit(leaf.dtype, plan.dtype) for leaf in leaves):
+        return roots(naive, counts)
+    low, high, scale = _window(plan.dtype)
+    if plan.epsilon >= 1e8 * low:
+        low = -1.0  # whatever underflowed, epsilon outweighs it
+
+    def pick(s: Array, n: Any, below: Any, inside: Any, above: Any) -> Array:
+        return jnp.where(s < high, jnp.where(s >= low * n, inside, below), above)  # NaN goes above, and stays NaN
+
+    def rescaled(leaves: Sequence[Array], naive: PerPool, counts: PerPool) -> PerPool:
+        scales = jax.tree.map(lambda s, n: pick(s, n, scale, 1.0, 1 / scale).astype(s.dtype), naive, sizes)
+        return roots(_sums(leaves, plan, scales), counts, scales)
+
+    def branch(leaves: Sequence[Array], naive: PerPool, counts: PerPool) -> PerPool:
+        """Read the leaves again only if some sum demands it."""
+        inside = jax.tree.map(lambda s, n: _everywhere((s < high) & (s >= low * n)), naive, sizes)
+        return lax.cond(
+            reduce(jnp.logical_and, jax.tree.leaves(inside)),
+            lambda leaves, naive, counts: roots(naive, counts),
+            rescaled,
+            *(leaves, naive, counts),
+        )
+
+    def all_scales(leaves: Sequence[Array], naive: PerPool, counts: PerPool) -> PerPool:
+        """Three sums in one reading of the leaves, and no branch: no more traffic for an accelerator, and no sync."""
+
+        def at(value: float) -> PerPool:
+            scales = jax.tree.map(lambda s: jnp.full_like(s, value), naive)
+            return roots(_sums(leaves, plan, scales), counts, scales)
+
+        return jax.tree.map(pick, naive, sizes, at(scale), roots(naive, counts), at(1 / scale))
+
+    if len(leaves) == 1:  # an array may be measured hundreds of times in a step, a tree is measured once
+        return lax.platform_dependent(leaves, naive, counts, cpu=branch, default=all_scales)
+    return branch(leaves, naive, counts)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def root_mean_square(plan: Plan, leaves: Sequence[Array], counts: PerPool | None = None) -> PerPool:
     """rho = sqrt(mean(|x|^2) + epsilon) of each pool of the plan.
@@ -415,8 +421,7 @@ def root_mean_square(plan: Plan, leaves: Sequence[Array], counts: PerPool | None
     counts: what the sums are divided by, where that is not the number of elements (masks); a count of 0 gives
     sqrt(epsilon). The derivative is mean(Re(conj(x) dx))/rho, and 0 where rho = 0.
     """
-    sums, scales = _guarded_sums(plan, leaves)
-    return jax.tree.map(partial(_root, plan), sums, scales, _sizes(plan) if counts is None else counts)
+    return _guarded_roots(plan, leaves, _sizes(plan) if counts is None else counts)
 
 
 @partial(root_mean_square.defjvp, symbolic_zeros=True)

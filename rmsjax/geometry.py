@@ -276,9 +276,9 @@ def rotation_gap(f: Callable[[Array], ArrayLike], n: int, key: PRNGKeyArray, sam
     Example:
         >>> import jax, jax.numpy as jnp, rmsjax
         >>> key = jax.random.key(0)
-        >>> bool(rmsjax.geometry.rotation_gap(rmsjax.rms, 8, key) < 1e-5)
+        >>> bool(rmsjax.geometry.rotation_gap(rmsjax.rms, 3, key) < 1e-5)
         True
-        >>> bool(rmsjax.geometry.rotation_gap(lambda x: jnp.max(jnp.abs(x)), 8, key) > 0.1)
+        >>> bool(rmsjax.geometry.rotation_gap(lambda x: jnp.max(jnp.abs(x)), 3, key) > 0.1)
         True
 
     Source: SO(n) acts transitively on spheres, see `rotation_between`.
@@ -793,6 +793,7 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
     return jnp.where(denominator == 0, 0, numerator / jnp.where(denominator == 0, 1, denominator))
 
 
+@partial(jax.jit, inline=True)
 def _relative(left: Array, right: Array, floor: ArrayLike = 0.0) -> Array:
     """How far apart the sides are, relative to the larger one, or to the floor if that is larger still."""
     left, right = _wide(left), _wide(right)
@@ -804,6 +805,7 @@ def _reject(v: Array, unit: Array) -> Array:
     return v - jnp.mean(unit * v) * unit
 
 
+@partial(jax.jit, inline=True)
 def _worst(sizes: Array, left: Array, right: Array, at: dict[str, Array]) -> Gap:
     """The entry of the largest size, or of the first that is NaN."""
     worst = jnp.argmax(sizes)

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator, NullLocator
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -164,9 +164,11 @@ def layer_by_step(
     ax.set_yticks(range(len(values)), list(history))
     ax.set_xlabel("step")
     ticks = MaxNLocator(integer=True, nbins=_READABLE).tick_values(0, len(taken) - 1)
-    columns = [int(t) for t in ticks if 0 <= t < len(taken)]
+    columns = [int(t) for t in ticks if t.is_integer() and 0 <= t < len(taken)]
     ax.set_xticks(columns, [f"{taken[c]}" for c in columns])
-    figure.colorbar(image, ax=ax, label=label)
+    bar = figure.colorbar(image, ax=ax, label=label)
+    if positive.any():
+        bar.ax.yaxis.set_minor_formatter(_minor_formatter())
     if len(taken) <= _READABLE:
         for row, column in itertools.product(*map(range, values.shape)):
             shade = float(norm(values[row, column])) if positive[row, column] else 1.0
@@ -276,6 +278,12 @@ def _log_scale(ax: Axes, values: np.ndarray) -> None:
     """A logarithmic scale, unless there is nothing to show in one; zeros are left out."""
     if np.any(values > 0):
         ax.set_yscale("log", nonpositive="mask")
+        ax.yaxis.set_minor_formatter(_minor_formatter())
+
+
+def _minor_formatter() -> LogFormatterSciNotation:
+    """Numbers between the powers of ten, where matplotlib would leave a scale with a single number."""
+    return LogFormatterSciNotation(minor_thresholds=(1.3, 0.6))
 
 
 def _widen(ax: Axes) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax import lax
@@ -22,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import rmsjax
 from rmsjax import _reduce, clip_by_rms, rms, rms_normalize, tree_rms
+from tests import multiprocess_worker as worker
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 MESH_AXES = ("data", "model")
@@ -166,12 +168,11 @@ def test_explicit_axes_have_a_rule_for_every_operation(spec, scale_is_split):
     jax.jit(everything).trace(*shapes((X, SCALE, WHERE), specs, EXPLICIT))
 
 
-# ------------------------------------------------------------------------------------------------ what is sent
+# --------------------------------------------------------------------------------------------------------- what is sent
 
-COMMUNICATION = (
-    "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter|ragged-all-to-all"
+COLLECTIVE = re.compile(
+    r" = (.*?) (all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)(?:-start)?\("
 )
-RESULT = re.compile(rf" = (.*?) ({COMMUNICATION})(?:-start)?\(")
 
 
 class Sent(NamedTuple):
@@ -191,7 +192,7 @@ def sent(program, *args):
     for line in program.lower(*args).compile().as_text().splitlines():
         if line.endswith("{"):
             always = line.startswith("ENTRY")
-        if match := RESULT.search(line):
+        if match := COLLECTIVE.search(line):
             found.append(Sent(match[2], always, tuple(re.findall(r"\w+\[[\d,]*\]", match[1]))))
     return found
 
@@ -297,7 +298,7 @@ def test_accelerators_send_one_message_for_each_norm_and_no_flag(monkeypatch):
     assert sent(normalize, *shapes((X, SCALE), (P("data"), P()))) == []
 
 
-# ------------------------------------------------------------------------------------------------ shard_map
+# ------------------------------------------------------------------------------------------------------------ shard_map
 
 SUBSETS = [names for n in range(1, 5) for names in itertools.combinations(SPECS, n)]
 
@@ -407,26 +408,26 @@ def test_shard_map_of_the_clip_in_every_scope():
     def clipped(tree, **options):
         return [clip(tree, scope, **options) for scope in CLIP_SCOPES]
 
+    out_specs = [(SPECS, P())] * len(CLIP_SCOPES)
+    program, want = on_mesh(partial(clipped, axis_name=MESH_AXES), (SPECS,), out_specs), jax.jit(clipped)
+    for tree in (TREE, HOT_TREE):
+        assert_same(program(tree), want(tree))
+
+
+def test_shard_map_gradient_through_the_clip():
     def loss(tree, axis_name=None):
         """Over all elements, whatever device they are on; replicated ones count once."""
         total = 0.0
-        for updates, _ in clipped(tree, axis_name=axis_name):
-            for k, leaf in updates.items():
-                axes = tuple(name for name in MESH_AXES if name in SPECS[k])
-                part = jnp.sum(jnp.sin(leaf))
-                total += lax.psum(part, axes) if axis_name and axes else part
+        for k, leaf in clip(tree, "global", axis_name=axis_name)[0].items():
+            axes = tuple(name for name in MESH_AXES if name in SPECS[k])
+            part = jnp.sum(jnp.sin(leaf))
+            total += lax.psum(part, axes) if axis_name and axes else part
         return total
 
-    options = {"axis_name": MESH_AXES}
-    values = on_mesh(partial(clipped, **options), (SPECS,), [(SPECS, P())] * len(CLIP_SCOPES))
-    inside = on_mesh(jax.grad(partial(loss, **options)), (SPECS,), SPECS)
-    outside = jax.jit(jax.grad(on_mesh(partial(loss, **options), (SPECS,), P())))
-    want = jax.jit(lambda tree: (clipped(tree), jax.grad(loss)(tree)))
+    program = on_mesh(jax.grad(partial(loss, axis_name=MESH_AXES)), (SPECS,), SPECS)
+    want = jax.jit(jax.grad(loss))
     for tree in (TREE, HOT_TREE):
-        want_values, want_gradient = want(tree)
-        assert_same(values(tree), want_values)
-        assert_same(inside(tree), want_gradient)
-        assert_same(outside(tree), want_gradient)
+        assert_same(program(tree), want(tree))
 
 
 def test_shard_map_may_leave_axes_to_jit():
@@ -442,7 +443,7 @@ def test_shard_map_may_leave_axes_to_jit():
         assert_same(got, measure(x, SCALE))
 
 
-# ------------------------------------------------------------------------------------------------ pmap and vmap
+# -------------------------------------------------------------------------------------------------------- pmap and vmap
 
 MAPS = {
     "pmap": partial(jax.pmap, axis_name="i"),
@@ -525,3 +526,19 @@ def test_groups_of_different_size_are_refused():
     layer = rmsjax.linen.RMSNorm(axis_name="i", axis_index_groups=[[0], [1, 2, 3, 4, 5, 6, 7]], use_scale=False)
     with pytest.raises(ValueError, match=r"RMSNorm: axis_index_groups must be of equal size, got \(\(0,\), \(1, 2"):
         jax.pmap(partial(layer.apply, {}), axis_name="i")(PARTS)
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_is_the_same_on_one_device_on_eight_by_jit_and_by_shard_map():
+    """20 steps with RMSNorm and clip_by_rms. With several processes: test_multiprocess.py."""
+    one = worker.train(worker.make_mesh((1, 1), jax.devices()[:1]))
+    assert 0 < one["history"]["clip"].num_clipped[-1] < worker.STEPS  # some updates are clipped and others are not
+    for by_hand in (False, True):
+        eight = worker.train(worker.make_mesh(), by_hand=by_hand)
+        jax.tree_util.tree_map_with_path(worker.assert_alike, eight, one)
+        for name, spec in worker.SPECS.items():
+            momentum = optax.tree.get(eight["state"], "trace")[name]
+            for leaf in (eight["params"][name], momentum):
+                assert leaf.sharding.is_equivalent_to(NamedSharding(worker.make_mesh(), spec), leaf.ndim)

@@ -80,8 +80,14 @@ def test_axis_name():
     np.testing.assert_allclose(got, rms_penalty(x), rtol=1e-6)
 
 
-def held_activations(width, penalty):
-    """The RMS of the hidden activations after training on digits, and the loss."""
+NARROW, WIDE, LEVEL = 32, 256, 0.7
+
+
+def held_activations(width):
+    """A function of two coefficients: the RMS of the hidden activations after training on digits, and the loss.
+
+    The first is for `rms_penalty`, the second for a like penalty on the L2 norm, at the level of the narrow model.
+    """
     images, labels = load_digits(return_X_y=True)
     images, labels = jnp.asarray(images[:256] / 16, jnp.float32), jnp.asarray(labels[:256])
     keys = jax.random.split(jax.random.key(0), 2)
@@ -89,23 +95,30 @@ def held_activations(width, penalty):
         "hidden": jax.random.normal(keys[0], (64, width)) / 8,
         "out": jax.random.normal(keys[1], (width, 10)) / np.sqrt(width),
     }
-
-    def loss(params):
-        hidden = images @ params["hidden"]
-        logits = jnp.tanh(hidden) @ params["out"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean() + penalty(hidden), hidden
-
     tx = optax.adam(optax.cosine_decay_schedule(1e-2, 100))
 
-    def step(carry, _):
-        params, state = carry
-        (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), (value, rms(hidden))
+    def loss(params, of_rms, of_l2):
+        hidden = images @ params["hidden"]
+        logits = jnp.tanh(hidden) @ params["out"]
+        l2 = jnp.sqrt(jnp.mean(jnp.sum(hidden**2, -1)))
+        penalty = of_rms * rms_penalty(hidden, LEVEL) + of_l2 * (l2 - LEVEL * np.sqrt(NARROW)) ** 2
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean() + penalty, hidden
 
-    with jax.numpy_dtype_promotion("standard"):
-        _, (losses, norms) = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), None, 100))()
-    return float(norms[-1]), float(losses[-1])
+    @jax.jit
+    def train(of_rms, of_l2):
+        def step(carry, _):
+            params, state = carry
+            (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(params, of_rms, of_l2)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), (rms(hidden), value)
+
+        return at_end(jax.lax.scan(step, (params, tx.init(params)), None, 100)[1])
+
+    return train
+
+
+def at_end(tree):
+    return jax.tree.map(lambda x: x[-1], tree)
 
 
 def test_same_strength_at_every_width():
@@ -113,15 +126,14 @@ def test_same_strength_at_every_width():
 
     A level of the L2 norm, right for the narrow one, squeezes the wide one to a third.
     """
-    narrow, wide = 32, 256
-    for width in (narrow, wide):
-        norm, loss = held_activations(width, lambda hidden: 10 * rms_penalty(hidden, 0.7))
-        assert abs(norm / 0.7 - 1) < 0.05
-        assert loss < 0.3
-    free = [held_activations(width, lambda hidden: 0.0)[0] for width in (narrow, wide)]
-    assert free[0] > 1.3 * free[1]
-    l2 = lambda hidden: jnp.square(jnp.sqrt(jnp.mean(jnp.sum(hidden**2, -1))) - 0.7 * np.sqrt(narrow))  # noqa: E731
-    assert held_activations(wide, l2)[0] < 0.4 * 0.7
+    with jax.numpy_dtype_promotion("standard"):
+        narrow, wide = (held_activations(width) for width in (NARROW, WIDE))
+        for train in (narrow, wide):
+            norm, loss = train(10.0, 0.0)
+            assert abs(norm / LEVEL - 1) < 0.05
+            assert loss < 0.3
+        assert narrow(0.0, 0.0)[0] > 1.3 * wide(0.0, 0.0)[0]
+        assert wide(0.0, 1.0)[0] < 0.4 * LEVEL
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_over_training(given):
         np.testing.assert_array_equal(line.get_ydata(), row)
 
 
-@pytest.mark.parametrize("given", [{}, {"steps": 400}, {"layers": BLOCKS}])
+@pytest.mark.parametrize("given", [{}, {"steps": 400}, {"layers": BLOCKS}, {"steps": 1, "layers": ("only",)}])
 def test_layer_by_step(given):
     values = history(**given)
     figure = plot.layer_by_step(values, label="RMS of updates")
@@ -180,6 +180,13 @@ def test_numbers_of_a_heat_map_stand_out_from_their_cells():
 
 def _lightness(colour):
     return float(np.dot([0.2126, 0.7152, 0.0722], np.power(colour, 2.2))) ** (1 / 2.2)
+
+
+def test_steps_are_those_given():
+    values, steps = history(steps=4), [0, 100, 200, 300]
+    assert set(map(str, steps)) <= assert_readable(plot.layer_by_step(values, steps=steps))
+    for line in plot.over_training(values, steps=steps).axes[0].get_lines():
+        assert list(line.get_xdata()) == steps
 
 
 @pytest.mark.parametrize("draw", [plot.over_training, plot.layer_by_step])

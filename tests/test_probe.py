@@ -99,8 +99,7 @@ def unrolled(w, x, p):
 
 W = {"scale": np.float32(0.7), "kernels": gaussian(3, 4, 4)}
 X = gaussian(5, 4)
-OUT, VALUES = unrolled(W, X, {})
-GRADIENT = jax.grad(lambda w: unrolled(w, X, {})[0])(W)
+OUT, VALUES = jax.jit(unrolled)(W, X, {})
 
 
 def test_values_come_out_of_all_control_flow():
@@ -123,7 +122,7 @@ def test_collect_under_transformations():
     batch = np.stack([X, 2 * X])
     found = jax.jit(jax.vmap(collect(network), in_axes=(None, 0)))(W, batch)
     for k, x in enumerate(batch):
-        want = unrolled(W, x, {})
+        want = jax.jit(unrolled)(W, x, {})
         assert_trees_close(jax.tree.map(lambda leaf, k=k: leaf[k], (found[0], dict(found[1]))), want, atol=1e-5)
 
     def through(w, values_too):
@@ -134,9 +133,9 @@ def test_collect_under_transformations():
         out, values = unrolled(w, X, {})
         return out + values_too * (rms(values["act"]) + jnp.sum(values["tree"][0]))
 
+    found, want = jax.jit(jax.grad(through)), jax.jit(jax.grad(reference))
     for values_too in (0.0, 1.0):
-        found = jax.jit(jax.grad(through))(W, values_too)
-        assert_trees_close(found, jax.grad(reference)(W, values_too), rtol=1e-4, atol=1e-4)
+        assert_trees_close(found(W, values_too), want(W, values_too), rtol=1e-4, atol=1e-4)
 
     _, stacked = jax.jit(lambda w: jax.lax.scan(lambda c, x: (c, collect(network)(w, x)[1]["act"]), 0, batch))(W)
     np.testing.assert_allclose(stacked[0], VALUES["act"], rtol=1e-5, atol=1e-6)
@@ -145,10 +144,10 @@ def test_collect_under_transformations():
 def test_cotangents_are_the_gradients_at_the_tags():
     points = {name: v for name, v in VALUES.items() if name not in ("tree", "other", "custom", "flip")}
     zeros = {name: np.zeros(v.shape, np.float32) for name, v in points.items()}
-    want = jax.grad(lambda p: unrolled(W, X, p)[0])(zeros)
+    gradient, want = jax.jit(jax.grad(lambda w, p: unrolled(w, X, p)[0], argnums=(0, 1)))(W, zeros)
     found = jax.jit(collect(jax.value_and_grad(network), gradients=True))(W, X)
-    (out, gradient), values, cotangents = found
-    assert_trees_close((out, gradient), (OUT, GRADIENT), rtol=1e-4, atol=1e-4)
+    out, values, cotangents = found
+    assert_trees_close(out, (OUT, gradient), rtol=1e-4, atol=1e-4)
     assert_trees_close(dict(values), VALUES)
     # A derivative rule does not pass through the tags of the function that it replaces.
     assert [name for name in values if name not in cotangents] == ["custom", "flip"]
@@ -352,31 +351,32 @@ class Pair(nnx.Module):
 
 
 class Model(nnx.Module):
-    def __init__(self, rngs, *, scanned):
+    def __init__(self, rngs):
         self.embed = nnx.Linear(4, WIDTH, rngs=rngs)
         self.statistics = nnx.BatchNorm(WIDTH, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.scanned = scanned
-        if scanned:
-            self.blocks = nnx.split_rngs(splits=LAYERS)(nnx.vmap(Block, in_axes=0, out_axes=0))(rngs)
-        else:
-            self.blocks = getattr(nnx, "List", list)([Block(rngs) for _ in range(LAYERS)])  # no List in flax 0.11
+        self.blocks = getattr(nnx, "List", list)([Block(rngs) for _ in range(2)])  # no List in flax 0.11
         self.pair = Pair(rngs)
         self.head = nnx.Sequential(nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.relu, nnx.Linear(WIDTH, 2, rngs=rngs))
 
     def __call__(self, x, half=jnp.bfloat16):
         x = self.dropout(self.statistics(self.embed(x)))
-        if self.scanned:
-            x = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
-        else:
-            for block in self.blocks:
-                x = block(x)
+        for block in self.blocks:
+            x = block(x)
         y, rest = self.pair(x, half=half)
         return self.head(y + rest["half"].astype(y.dtype))
 
 
+class Stack(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = nnx.split_rngs(splits=LAYERS)(nnx.vmap(Block, in_axes=0, out_axes=0))(rngs)
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+
+
 def by_hand(model, x):
-    """What the layers of an unrolled `Model` return, called one by one."""
+    """What the layers of a `Model` return, called one by one."""
     h = OrderedDict(embed=model.embed(x))
     h["statistics"] = model.statistics(h["embed"])
     h["dropout"] = x = model.dropout(h["statistics"])
@@ -405,16 +405,12 @@ def norms(activations):
 
 
 INPUT = gaussian(BATCH, 4)
+captured = nnx.jit(lambda model, x: capture(model, x))
 
 
 @pytest.fixture(scope="module")
 def model():
-    return nnx.jit(partial(Model, scanned=False))(nnx.Rngs(0))
-
-
-@pytest.fixture(scope="module")
-def scanned():
-    return nnx.jit(partial(Model, scanned=True))(nnx.Rngs(0))
+    return nnx.jit(Model)(nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +421,7 @@ def linen_model():
 
 def test_every_layer_of_an_nnx_model(model):
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey))))
-    out, found = jax.jit(lambda model, x: capture(model, x))(model, INPUT)
+    out, found = captured(model, INPUT)
     after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey))))
     assert_trees_close(after, before, rtol=0, atol=0)  # neither statistics nor counts of keys
     assert type(model) is Model
@@ -442,11 +438,15 @@ def test_every_layer_of_an_nnx_model(model):
     assert not set(measured) & {"pair[1]['count']", "pair[1]['empty']"}
 
 
-def test_stacked_layers_have_a_norm_each(scanned):
+def test_stacked_layers_have_a_norm_each():
     """A scan over stacked layers gives what a loop over them gives."""
-    measured = activation_rms(scanned, INPUT)
-    _, activations = capture(scanned, INPUT)
-    assert measured["blocks"].shape == measured["blocks/norm"].shape == (LAYERS,)
+    stack, x = nnx.jit(Stack)(nnx.Rngs(0)), gaussian(BATCH, WIDTH)
+    measured = activation_rms(stack, x)
+    _, activations = captured(stack, x)
+    assert {name: norm.shape for name, norm in measured.items()} == {
+        **dict.fromkeys(["blocks/norm", "blocks/dense", "user's", "blocks"], (LAYERS,)),
+        "Stack": (),
+    }
     assert activations["blocks/dense"].shape == (LAYERS, BATCH, WIDTH)
 
     @jax.jit
@@ -460,14 +460,15 @@ def test_stacked_layers_have_a_norm_each(scanned):
             norms.append((rms(dense), rms(x)))
         return jnp.array(norms)
 
-    want = loop(scanned.blocks, activations["dropout"])
+    want = loop(stack.blocks, x)
     np.testing.assert_allclose(measured["blocks/dense"], want[:, 0], rtol=1e-5)
     np.testing.assert_allclose(measured["blocks"], want[:, 1], rtol=1e-5)
 
 
 def test_compiles_once_and_nothing_but_norms_leaves(model):
-    fn = jax.jit(lambda model, x: activation_rms(model, x))
-    compiled = fn.lower(model, np.tile(INPUT, (1000, 1))).compile()
+    graphdef, state = nnx.split(model)
+    fn = jax.jit(lambda state, x: activation_rms(nnx.merge(graphdef, state), x))
+    compiled = fn.lower(state, np.tile(INPUT, (1000, 1))).compile()
     outputs = jax.tree.leaves(compiled.out_info)
     assert all(info.size == 1 for info in outputs)
     assert compiled.memory_analysis().output_size_in_bytes <= 16 * len(outputs)  # 4 bytes and a pointer for each
@@ -498,12 +499,12 @@ def test_models_under_transformations():
         assert_trees_close({name: norm[k] for name, norm in found.items()}, dict(want))
 
 
-def test_gradient_rms_of_an_nnx_model(model, scanned):
+def test_gradient_rms_of_an_nnx_model(model):
     def loss(out):
         return jnp.sum(out**2)
 
     found = gradient_rms(loss, model, INPUT)
-    _, h = capture(model, INPUT)
+    _, h = captured(model, INPUT)
     head = model.head.layers
     d_out = 2 * h["Model"]
     d_hidden = jnp.where(h["head/layers/0"] > 0, d_out @ head[2].kernel[...].T, 0)
@@ -520,8 +521,7 @@ def test_gradient_rms_of_an_nnx_model(model, scanned):
     for name, value in want.items():
         np.testing.assert_allclose(found[name], rms(value), rtol=2e-2 if "half" in name or "shared" in name else 1e-5)
     assert list(found) == [name for name in activation_rms(model, INPUT) if name in found]
-    assert {"embed", "blocks/0/norm", "blocks/3"} <= set(found)
-    assert gradient_rms(loss, scanned, INPUT)["blocks/dense"].shape == (LAYERS,)
+    assert {"embed", "blocks/0/norm", "blocks/1"} <= set(found)
 
 
 class LinenBlock(nn.Module):
@@ -542,12 +542,12 @@ class LinenModel(nn.Module):
         x = nn.Dropout(0.5, deterministic=not train)(x)
         return nn.RNN(nn.SimpleCell(WIDTH), name="rnn")(x[None])[0]
 
-    def encode(self, x):
-        return self(x) + 1
+    def encode(self, x, train):
+        return self(x, train) + 1
 
 
 def test_every_layer_of_a_linen_model(linen_model):
-    module, variables = linen_model
+    _, variables = linen_model
     measured = activation_rms(linen_model, INPUT)
     assert list(measured) == [
         *("Dense_0", "shared", "shared#2"),
@@ -555,31 +555,42 @@ def test_every_layer_of_a_linen_model(linen_model):
         *("jitted/LayerNorm_0", "jitted/Dense_0", "jitted[0]"),
         *("Dropout_0", "SimpleCell_0/i", "SimpleCell_0/h", "SimpleCell_0[0]", "SimpleCell_0[1]", "rnn", "LinenModel"),
     ]
-    params = variables["params"]
-    x = nn.Dense(WIDTH).apply({"params": params["Dense_0"]}, INPUT)
-    np.testing.assert_allclose(measured["Dense_0"], rms(x), rtol=1e-5)
-    for name in ("shared", "shared#2"):
-        x = nn.Dense(WIDTH).apply({"params": params["shared"]}, x)
-        np.testing.assert_allclose(measured[name], rms(x), rtol=1e-5)
-    for k in range(LAYERS):
-        layer = jax.tree.map(lambda leaf, k=k: leaf[k], params["stack"])
-        normed = nn.LayerNorm().apply({"params": layer["LayerNorm_0"]}, x)
-        dense = nn.Dense(WIDTH).apply({"params": layer["Dense_0"]}, normed)
-        x = x + dense
-        np.testing.assert_allclose(measured["stack/LayerNorm_0"][k], rms(normed), rtol=1e-5)
-        np.testing.assert_allclose(measured["stack/Dense_0"][k], rms(dense), rtol=1e-5)
-        np.testing.assert_allclose(measured["stack[0]"][k], rms(x), rtol=1e-5)
-    x, _ = LinenBlock().apply({"params": params["jitted"]}, x)
-    np.testing.assert_allclose(measured["jitted[0]"], rms(x), rtol=1e-5)
     assert measured["SimpleCell_0/h"].shape == (BATCH,)  # one norm for each step in time
 
-    out, activations = capture(linen_model, INPUT, True, rngs={"dropout": jax.random.key(1)})
-    dropped = module.apply(variables, INPUT, True, rngs={"dropout": jax.random.key(1)})
-    np.testing.assert_allclose(out, dropped, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(activations["jitted"][0], x, rtol=1e-5, atol=1e-6)
+    @jax.jit
+    def by_hand(params, x):
+        h = {"Dense_0": nn.Dense(WIDTH).apply({"params": params["Dense_0"]}, x)}
+        h["shared"] = nn.Dense(WIDTH).apply({"params": params["shared"]}, h["Dense_0"])
+        h["shared#2"] = x = nn.Dense(WIDTH).apply({"params": params["shared"]}, h["shared"])
+        stack = {"stack/LayerNorm_0": [], "stack/Dense_0": [], "stack[0]": []}
+        for k in range(LAYERS):
+            layer = jax.tree.map(lambda leaf, k=k: leaf[k], params["stack"])
+            normed = nn.LayerNorm().apply({"params": layer["LayerNorm_0"]}, x)
+            dense = nn.Dense(WIDTH).apply({"params": layer["Dense_0"]}, normed)
+            x = x + dense
+            for values, value in zip(stack.values(), (normed, dense, x), strict=True):
+                values.append(rms(value))
+        h["jitted[0]"], _ = LinenBlock().apply({"params": params["jitted"]}, x)
+        return {name: rms(value) for name, value in h.items()} | {k: jnp.stack(v) for k, v in stack.items()}
+
+    want = by_hand(variables["params"], INPUT)
+    assert_trees_close({name: measured[name] for name in want}, want)
+
+
+def test_arguments_of_a_linen_model(linen_model):
+    """`rngs` and `method` are those of `apply`."""
+    module, variables = linen_model
+    rngs = {"dropout": jax.random.key(1)}
+
+    @jax.jit
+    def call():
+        out, activations = capture(linen_model, INPUT, True, rngs=rngs, method="encode")
+        return out, module.apply(variables, INPUT, True, rngs=rngs, method="encode"), activations
+
+    out, want, activations = call()
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(activations["LinenModel"] + 1, want, rtol=1e-5, atol=1e-6)
     assert (activations["Dropout_0"] == 0).any()
-    encoded, _ = capture(linen_model, INPUT, method="encode")
-    np.testing.assert_allclose(encoded, module.apply(variables, INPUT) + 1, rtol=1e-5)
 
 
 def test_gradient_rms_of_a_linen_model(linen_model):
