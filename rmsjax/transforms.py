@@ -603,7 +603,7 @@ def stable_adamw(
     is out of date.
 
     Args:
-        learning_rate: $\eta$, a number or a schedule.
+        learning_rate: $\eta$, a number that is at least 0 or a schedule.
         b1, b2, eps, weight_decay, mask, mu_dtype, scope, axis_name: as in `scale_by_stable_adam`.
 
     Returns:
@@ -633,5 +633,6 @@ def stable_adamw(
 def _by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     if callable(learning_rate):
         return optax.scale_by_learning_rate(learning_rate)
+    rate = as_threshold("stable_adamw", "learning_rate", learning_rate)
     # Not optax.scale: by a traced float32 number it turns bfloat16 updates into float32.
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: times(u, -jnp.asarray(learning_rate)), updates))
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: times(u, -jnp.asarray(rate)), updates))

@@ -10,66 +10,11 @@ import optax
 import pytest
 
 import rmsjax
-from tests.oracle import true_clip, true_normalize, true_rms, ulps
+from tests.oracle import DTYPES, LIKELY, WORST, sweep, true_clip, true_normalize, true_rms, ulps
 
-DTYPES = ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
-# In units in the last place of the result, for up to 4096 elements: of random mantissas, and of any.
-# XLA:CPU adds them up in stages of at most 32 terms, one by one if it pleases. Where all are equal, or one is so much
-# larger than the others that each addition of the first two stages rounds in the same direction, by half a unit at
-# most, the sum is off by 31 + 31 + 3 halves. The root halves that, and adds its own rounding.
-LIKELY, WORST = 4, 17
 SIZES = [1, 2, 7, 31, 1000, 4096]
 EVERY_WAY = 4095
 FACTORS = (63, 65)
-
-
-def exponents_of(dtype, most):
-    """The powers of two in the normal range of a type: all of them, or as many as are wanted, with both ends."""
-    info = jnp.finfo(dtype)
-    every = np.arange(int(info.minexp), int(info.maxexp))
-    return every if every.size <= most else np.unique(np.linspace(every[0], every[-1], most).astype(int))
-
-
-def sweep(dtype, n, seed=0):
-    """(rows, bounds): finite rows of n elements, and how far off, in ulp, their norms may be.
-
-    Each power of two, mixed magnitudes, the ends of the range, rows of equal elements.
-    """
-    rng = np.random.default_rng([seed, n])
-    info = jnp.finfo(dtype)
-    tiny, largest = float(info.tiny), float(info.max)
-    # What float64 has beyond float32 costs time in the oracle.
-    exponents = exponents_of(dtype, 2**12 // n + 12 if info.dtype == np.float64 else 2**20 // n)
-    few = exponents[:: max(1, exponents.size // 12)]
-    top, bottom = 2.0 ** exponents[-1], 2.0 ** exponents[0]
-
-    def draw(sizes):
-        return rng.uniform(1, 2, (len(sizes), n)) * rng.choice([-1.0, 1.0], (len(sizes), n)) * np.exp2(sizes)
-
-    def one_among(value, others):
-        row = draw([others])
-        row[0, rng.integers(n)] = value
-        return row
-
-    rows = [
-        draw(exponents[:, None].astype(float)),
-        draw(rng.choice(exponents, (4, n)).astype(float)),
-        *[one_among(top, e) for e in few],
-        *[one_among(bottom, e) for e in few],
-        np.where(rng.random((2, n)) < 0.5, top, bottom),
-        np.sign(draw([0])) * largest,
-        np.sign(draw([0])) * tiny,
-        np.sqrt(np.linspace(0.8, 1.0, 8))[:, None] * np.ones(n),
-        np.zeros((1, n)),
-    ]
-    if largest > 1e30:
-        rows.append(np.where(rng.random((2, n)) < 0.5, 1e30, 1e-30))
-    rows = np.clip(np.concatenate(rows), -largest, largest)
-    bounds = np.where(np.arange(len(rows)) < exponents.size + 4, LIKELY, WORST)
-    if not jnp.issubdtype(dtype, jnp.complexfloating):
-        return rows.astype(dtype), bounds
-    parts = np.where(np.abs(rows) < 4 * tiny, rows, rows / 2)  # modulus and both parts are normal numbers
-    return (parts + 1j * parts[:, ::-1]).astype(dtype), bounds
 
 
 def assert_within(bounds, got, want, *case):

@@ -247,6 +247,14 @@ MISTAKES = {
         *(lambda: rmsjax.stable_adamw(0.1, b2=1.5), ValueError),
         *("scale_by_stable_adam", "b2", "below 1", r"1\.5"),
     ),
+    "learning rate a string": (
+        *(lambda: rmsjax.stable_adamw("fast"), TypeError),
+        *("stable_adamw", "learning_rate", "must be a number", "'fast'"),
+    ),
+    "learning rate NaN": (
+        *(lambda: rmsjax.stable_adamw(float("nan")), ValueError),
+        *("stable_adamw", "learning_rate", "at least 0", "nan"),
+    ),
     "average in integers": (
         *(lambda: rmsjax.scale_by_stable_adam(mu_dtype="int8"), TypeError),
         *("scale_by_stable_adam", "mu_dtype", "floating-point or complex", "'int8'"),
