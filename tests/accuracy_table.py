@@ -14,9 +14,8 @@ from flax import nnx
 import rmsjax
 from tests.oracle import DTYPES, sweep, true_clip, true_normalize, true_rms, ulps
 
-SIZES = [1, 7, 1000, 4096]
+SIZES = [7, 4096]
 EPSILON = 1e-6
-OURS, THEIRS = "rmsjax", "peer"
 
 
 def layer(cls):
@@ -28,7 +27,7 @@ def clip(tx):
 
 
 def each(norm):
-    """A function of a vector as one of the rows of a matrix, with a result for each row."""
+    """A function of a vector as one of the rows of a matrix, whose results are rows too."""
     return lambda rows: jax.vmap(norm)(rows).reshape(len(rows), -1)
 
 
@@ -44,7 +43,7 @@ def clipped(rows):
     return true_clip(rows, 1.0, -1)
 
 
-# name: (the answer, the function)
+# title: (the answer, the function of a vector)
 COLUMNS = {
     "`rmsjax.rms`": (norms, rmsjax.rms),
     "`optax.tree.norm` / √n": (norms, lambda x: optax.tree.norm(x) / root_of_size(x)),
@@ -61,6 +60,10 @@ def root_of_size(x):
     return np.sqrt(x.size).astype(jnp.finfo(x.dtype).dtype)
 
 
+def real_and_imaginary(x):
+    return np.concatenate([x.real, x.imag], -1) if np.iscomplexobj(x) else x
+
+
 def measure(name, dtype):
     """(worst error in ulp, cases lost, cases), or None where the function does not take the type."""
     answer, function = COLUMNS[name]
@@ -71,11 +74,10 @@ def measure(name, dtype):
             got = np.asarray(jax.jit(each(function))(rows))
         except (TypeError, ValueError):
             return None
-        want = answer(rows)
-        size = np.abs(want)
+        got, want = real_and_imaginary(got), real_and_imaginary(answer(rows))
         info = jnp.finfo(got.dtype)
-        normal = (size >= float(info.tiny)) & (size <= float(info.max))
-        gone = normal & ((got == 0) | ~np.isfinite(got.astype(np.complex128)))
+        normal = (np.abs(want) >= float(info.tiny)) & (np.abs(want) <= float(info.max))
+        gone = normal & ((got == 0) | ~np.isfinite(got.astype(np.float64)))
         worst = max(worst, ulps(got, want)[normal & ~gone].max(initial=0.0))
         lost += int(gone.any(-1).sum())
         cases += len(rows)

@@ -3,6 +3,8 @@
 The inputs of one type are measured by one compiled function, so that the sweep is a matter of data.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,13 @@ import optax
 import pytest
 
 import rmsjax
+from tests import accuracy_table
 from tests.oracle import DTYPES, LIKELY, WORST, sweep, true_clip, true_normalize, true_rms, ulps
 
 SIZES = [1, 2, 7, 31, 1000, 4096]
 EVERY_WAY = 4095
+README = Path(__file__).parents[1] / "README.md"
+VERSIONS = 2  # ulp, by which the worst error may differ from one release of XLA to another
 FACTORS = (63, 65)
 
 
@@ -178,6 +183,21 @@ def test_the_ends_of_the_range(dtype, x64):
             norm, normalized = measured(np.full(n, end, dtype))
             assert_within(WORST, norm, abs(float(end)))
             assert_within(WORST, normalized, np.sign(float(end)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_table_of_the_readme(dtype, x64):
+    """Our columns are as the README says, and no case is lost."""
+    lines = [line.strip("| ").split(" | ") for line in README.read_text("utf-8").splitlines() if line.startswith("| ")]
+    titles = next(line for line in lines if line[0] == "type, cases")
+    (row,) = [line for line in lines if line[0].startswith(f"{dtype}, ")]
+    ours = [title for title in accuracy_table.COLUMNS if "rmsjax" in title]
+    assert [title for title in titles if "rmsjax" in title] == ours
+    for title in ours:
+        worst, lost, cases = accuracy_table.measure(title, dtype)
+        assert lost == 0
+        assert row[0] == f"{dtype}, {cases}"
+        assert abs(float(row[titles.index(title)]) - worst) <= VERSIONS, (title, worst)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a platform may have subnormal numbers")

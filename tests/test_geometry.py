@@ -19,7 +19,9 @@ getcontext().prec = 50
 
 KEY = jax.random.key(7)
 DIMENSIONS = (1, 2, 3, 64, 4096)
-ROUNDING, SEEN = 2e-5, 1e-3  # a property holds if its gap is below the one, and is refuted by one above the other
+# A property holds if its gap is below the one, and is refuted by a gap above the other. The functions that are judged
+# add up to 4096 float32 naively.
+ROUNDING, SEEN = 1e-4, 1e-3
 
 
 @pytest.fixture(autouse=True, scope="module")
