@@ -8,7 +8,7 @@ import flax
 import jax
 import optax
 
-from tests.benchmarks import layer, norms, trees
+from tests.benchmarks import layer, norms, probe, record_rms, trees
 
 SECTIONS = {
     "layer": layer.run,
@@ -16,6 +16,8 @@ SECTIONS = {
     "import": norms.import_time,
     "leaves": trees.many_leaves,
     "gpt2": trees.large_leaves,
+    "probe": probe.run,
+    "record": record_rms.run,
 }
 
 
