@@ -112,27 +112,38 @@ def split_ratio(numerator: Array | float, denominator: Array) -> tuple[Array, Ar
     return a, jnp.where(nonzero, numerator / (safe * a), 0)
 
 
-def divide4(x: Array, root: Array) -> Array:
-    """4 x/root without a division for each element, and 0 where root is 0; linear in x.
+@jax.custom_jvp
+def _four_over(root: Array) -> Array:
+    """4/root, and 0 where root is 0.
 
-    Why 4: 1/root is subnormal for a root near the top of the range, hence flushed to 0. 4/root never is, and overflows
-    for the smallest normal number alone, where the largest number is as good. Whoever calls divides by 4 what is small.
+    1/root is subnormal for a root near the top of the range, hence flushed to 0. 4/root never is, and overflows for the
+    smallest normal number alone, where the largest number is as good.
     """
     largest = float(jnp.finfo(root.dtype).max)
-    four_over_root = jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest))
-    return times(x, cpu_barrier(four_over_root))  # computed once a row, not again for each element
+    return jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest))
+
+
+@_four_over.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (root,), (droot,) = primals, tangents
+    y = _four_over(root)
+    return y, -(droot * (y / 4) * y)  # 4/root^2 would overflow or underflow
 
 
 @jax.custom_jvp
-def direction4(x: Array, root: Array) -> Array:
-    """`divide4`, with a derivative that multiplies in an order that neither overflows nor underflows on the way."""
-    return divide4(x, root)
+def divide4(x: Array, root: Array) -> Array:
+    """4 x/root without a division for each element, and 0 where root is 0; linear in x.
+
+    Whoever calls divides by 4 what is small. Derivatives, and those of the transpose, multiply in an order that neither
+    overflows nor underflows on the way.
+    """
+    return times(x, cpu_barrier(_four_over(root)))  # computed once a row, not again for each element
 
 
-@direction4.defjvp
+@divide4.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, root), (dx, droot) = primals, tangents
-    y = direction4(x, root)
+    y = divide4(x, root)
     return y, divide4(dx, root) - times(y, divide4(droot, root) / 4)
 
 
@@ -346,7 +357,7 @@ def make_plan(
 def mean_product(x: Array, root: Array, t: Array, axes: tuple[int, ...], mapped: Mapped, count: Any) -> Array:
     """mean(Re(conj(x/root) * t)) over axes, kept with size 1; linear in t."""
     pairs = zip(real_parts(x, root.dtype), real_parts(t, root.dtype), strict=True)
-    products = [direction4(part, root) * tangent for part, tangent in pairs]
+    products = [divide4(part, root) * tangent for part, tangent in pairs]
     return mapped.psum(jnp.sum(reduce(jnp.add, products), axes, keepdims=True)) / (4 * jnp.maximum(count, 1))
 
 

@@ -18,7 +18,7 @@ from jax import Array
 
 from rmsjax import _reduce
 from rmsjax._checks import as_axes, as_mapped, as_numeric
-from rmsjax._reduce import Mapped, PerPool, Pool, accumulator_dtype, direction4, lift, split_ratio, times
+from rmsjax._reduce import Mapped, PerPool, Pool, accumulator_dtype, divide4, lift, split_ratio, times
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
@@ -260,7 +260,7 @@ def _(pools: tuple[Pool, ...], primals: Any, tangents: Any) -> tuple[list[Array]
     changes = jax.tree.map(change, roots, targets, droots, dtargets)
     per_leaf = _by_leaf(pools, list(zip(roots.entries(pools), changes.entries(pools), strict=True)))
     moved = [
-        times(direction4(lift(leaf, root.dtype), root), by).astype(leaf.dtype)
+        times(divide4(lift(leaf, root.dtype), root), by).astype(leaf.dtype)
         for leaf, (root, by) in zip(leaves, per_leaf, strict=True)
     ]
     straight = _rescale_linear(pools, dleaves, roots, targets)

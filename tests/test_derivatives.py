@@ -100,13 +100,37 @@ def test_normalize(epsilon):
     value, jacobian, hessian, _ = normalized(X, SCALE, epsilon)
     found = f(jnp.asarray(X, jnp.float32), jnp.asarray(T, jnp.float32))
     assert_everything(found, value, jacobian, hessian, T, degree=0)
-    if epsilon == 0:  # second derivatives, of the order of 1e-60 and 1e60, are beyond float32
+    if epsilon == 0:  # second derivatives by elements, of the order of 1e-60 and 1e60, are beyond float32
         for size in SIZES[1:]:
             found = f(jnp.asarray(size * X, jnp.float32), jnp.asarray(T, jnp.float32))
             np.testing.assert_allclose(found["value"], value, rtol=1e-5)
             for mode in ("jacfwd", "jacrev"):
                 got = np.asarray(found[mode], np.float64) * size
                 np.testing.assert_allclose(got, jacobian, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_second_derivatives_of_normalize_along_tangents_of_the_size_of_x(size):
+    """These are in range, so nothing on the way may leave it, such as 1/rho^2."""
+    x, t, scale, c = (jnp.asarray(a, jnp.float32) for a in (size * X, size * T, SCALE, C))
+    f = partial(rms_normalize, scale=scale, epsilon=0.0)
+
+    def forward(x):
+        return jax.jvp(f, (x,), (t,))[1]
+
+    def reverse(x):
+        return jax.vjp(f, x)[1](c)[0]
+
+    @jax.jit
+    def second(x):
+        mixed = jax.jvp(reverse, (x,), (t,))[1], jax.vjp(forward, x)[1](c)[0], jax.vjp(reverse, x)[1](t)[0]
+        return jax.jvp(forward, (x,), (t,))[1], mixed
+
+    hessian = normalized(X, SCALE, 0.0)[2]
+    twice_forward, mixed = second(x)
+    np.testing.assert_allclose(twice_forward, hessian @ T @ T, rtol=2e-5, atol=2e-5)
+    for got in mixed:
+        np.testing.assert_allclose(np.asarray(got, np.float64) * size, C @ (hessian @ T), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
