@@ -369,11 +369,17 @@ def normalize_by_rms(
         del params
         grouping = group(name, updates, scope, kind=jnp.inexact)
         norms = measure(grouping, as_mapped(name, axis_name))
-        roots = jax.tree.map(lambda r: jnp.hypot(r, jnp.sqrt(jnp.asarray(epsilon, r.dtype))), norms)
+        roots = jax.tree.map(lambda r: _hypot(r, jnp.sqrt(jnp.asarray(epsilon, r.dtype))), norms)
         updates = rescale(grouping, roots, jax.tree.map(lambda r: jnp.full_like(r, target), norms))
         return updates, NormalizeByRMSState(_kept(name, state.rms, grouping, norms))
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _hypot(a: Array, b: Array) -> Array:
+    """sqrt(a^2 + b^2), with the derivative 0 at 0, where that of `jnp.hypot` is NaN since jax 0.12."""
+    zero = (a == 0) & (b == 0)
+    return jnp.where(zero, 0, jnp.hypot(jnp.where(zero, 1, a), b))
 
 
 # ----------------------------------------------------------------------------------------------------------- recording
@@ -564,7 +570,7 @@ def _lifted(x: Array) -> Array:
 def _root_averaged(root: Array, value: Array, decay: Any, step: Array) -> Array:
     """The root of the debiased moving average of squares with one more value, without squaring it."""
     weight = _newest_weight(decay, step, value.real.dtype)
-    return jnp.hypot(jnp.sqrt(1 - weight) * root.astype(weight.dtype), jnp.sqrt(weight) * jnp.abs(value))
+    return _hypot(jnp.sqrt(1 - weight) * root.astype(weight.dtype), jnp.sqrt(weight) * jnp.abs(value))
 
 
 def _quotient(x: Array, root: Array) -> Array:
