@@ -52,7 +52,7 @@ def unmatched(picture, other, reach=2):
 
 
 def assert_same_picture(stored, fresh):
-    """Equal but for shifts of two pixels, both ways: a curve may neither appear nor vanish. Thin lines are little ink."""
+    """Equal but for shifts of two pixels, both ways: a curve may neither appear nor vanish, thin as it is."""
     assert np.abs(np.subtract(stored.shape, fresh.shape)).max() <= 2
     assert stored.std() > 0.05  # not empty
     height, width = np.minimum(stored.shape, fresh.shape)[:2]
@@ -108,7 +108,7 @@ def test_a_stale_figure_would_be_noticed(path):
     cells = code_cells(nbformat.read(path, as_version=4))
     for picture in itertools.chain.from_iterable(map(pictures_of, cells)):
         assert_same_picture(picture, np.roll(picture, (2, 2), axis=(0, 1)))
-        erased = np.where(np.abs(picture - blue).max(-1, keepdims=True) < 0.2, 1, picture)
-        if (erased != picture).any():  # a heat map has no curves
+        curve = np.abs(picture - blue).max(-1, keepdims=True) < 0.2
+        if curve.sum() > 100:  # a heat map has no curve
             with pytest.raises(AssertionError):
-                assert_same_picture(picture, erased)
+                assert_same_picture(picture, np.where(curve, 1, picture))
