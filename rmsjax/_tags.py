@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.core
@@ -108,20 +108,33 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, reduce: Callable[[Array]
 
     Arrays in the arguments are traced, as under jit; all else reaches fn as it is.
     """
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    arrays = [leaf for leaf in leaves if is_array(leaf)]
-    static: list[Any] = []
+    arrays, join = partition((args, kwargs))
+    joins: list[Callable[[Iterable[Any]], Any]] = []
 
     def flat(*arrays: Any) -> list[Any]:
-        args, kwargs = treedef.unflatten(fill_in([None if is_array(leaf) else (leaf,) for leaf in leaves], arrays))
-        out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
-        static[:] = [out_tree, [None if is_array(leaf) else (leaf,) for leaf in out]]
-        return [leaf for leaf in out if is_array(leaf)]
+        args, kwargs = join(arrays)
+        out, join_out = partition(fn(*args, **kwargs))
+        joins[:] = [join_out]
+        return out
 
     jaxpr = jax.make_jaxpr(flat)(*arrays)
     out, entries = _Collector(reduce).evaluate(jaxpr, arrays)
-    out_tree, rest = static
-    return out_tree.unflatten(fill_in(rest, out)), entries
+    return joins[0](out), entries
+
+
+def partition(tree: Any, chosen: Callable[[Any], bool] = is_array) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """The chosen leaves of a tree, and the function that makes a tree of it again from others in their place."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rest = [None if chosen(leaf) else (leaf,) for leaf in leaves]  # without arrays: a tracer kept here would leak
+    return (
+        [leaf for leaf, other in zip(leaves, rest, strict=True) if other is None],
+        lambda others: treedef.unflatten(fill_in(rest, others)),
+    )
+
+
+def arrays_of(kind: Any, reduce: Callable[[Array], Any]) -> Callable[[Array], Any]:
+    """The reduction, for arrays of a kind only; others, and those without elements, have no value."""
+    return lambda x: reduce(x) if jnp.issubdtype(x.dtype, kind) and x.size else None
 
 
 def fill_in(static: Iterable[tuple[Any] | None], arrays: Iterable[Any]) -> list[Any]:
@@ -225,6 +238,49 @@ def _with_values(entries: list[Entry], values: Iterable[Any], axes: tuple[str, .
     return [e._replace(value=v, axes=(*axes, *e.axes)) for e, v in zip(entries, values, strict=True)]
 
 
+# --------------------------------------------------------------------------------------------------------------- names
+
+Trees: TypeAlias = OrderedDict[str, Any]  # ordered, since jit sorts the keys of a dict
+
+
+def by_name(entries: Iterable[Entry]) -> tuple[Trees, Trees]:
+    """The values and the cotangents, as trees, by names that are not repeated."""
+    values: dict[tuple[int, int], list[Entry]] = defaultdict(list)
+    cotangents: dict[tuple[int, int], list[Entry]] = defaultdict(list)
+    times: Counter[tuple[int, int]] = Counter()
+    unmatched: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for entry in entries:
+        call, leaf = entry.mark.call, entry.mark.leaf
+        if entry.mark.cotangent and unmatched[call, leaf]:
+            cotangents[call, unmatched[call, leaf].pop()].append(entry)  # the newest value first: that is backward
+            continue
+        time = times[call, leaf]
+        times[call, leaf] += 1
+        if entry.mark.cotangent:
+            cotangents[call, time].append(entry)
+        else:
+            values[call, time].append(entry)
+            unmatched[call, leaf].append(time)
+    names: dict[tuple[int, int], str] = {}
+    taken: set[str] = set()
+    for key, leaves in (values | cotangents).items():
+        name = leaves[0].mark.name
+        labels = itertools.chain([name], (f"{name}#{n}" for n in itertools.count(2)))
+        names[key] = next(label for label in labels if label not in taken)
+        taken.add(names[key])
+    return (
+        OrderedDict((name, _tree(values[key])) for key, name in names.items() if key in values),
+        OrderedDict((name, _tree(cotangents[key])) for key, name in names.items() if key in cotangents),
+    )
+
+
+def _tree(leaves: list[Entry]) -> Any:
+    """Leaves of one call of `tag` as the tree that was tagged, with None where there is none."""
+    treedef = leaves[0].mark.treedef
+    found = {entry.mark.leaf: entry.value for entry in leaves}
+    return treedef.unflatten([found.get(k) for k in range(treedef.num_leaves)])
+
+
 # -------------------------------------------------------------------------------------------------------- control flow
 
 
@@ -272,21 +328,62 @@ def _scan(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
 
 
 def _while(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
-    """A loop of unknown length has no place for a value from each iteration: that of the last one is kept."""
+    """A loop of unknown length has no place for a value from each iteration: that of the last one is kept.
+
+    Under vmap the condition may have an axis for each vmap it depends on, and the loop runs until no lane is left.
+    Lanes that are done keep what they have; so values are reduced after the loop, when each has its own last one.
+    """
     params = eqn.params
     if collector.finds_tags(params["cond_jaxpr"]):
         _warn("the condition of a while_loop")
     cond, cond_consts = _open(params["cond_jaxpr"])
     num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
     of_cond, consts, carry = args[:num_cond], args[num_cond : num_cond + num_body], args[num_cond + num_body :]
-    fn, entries = collector.staged(params["body_jaxpr"])
+    lanes = cond.outvars[0].aval.shape
+    fn, entries = (collector._replace(reduce=lambda x: x) if lanes else collector).staged(params["body_jaxpr"])
     _, shapes = jax.eval_shape(fn, *consts, *carry)
-    outs, values = lax.while_loop(
-        lambda state: jax.core.eval_jaxpr(cond, cond_consts, *of_cond, *state[0])[0],
-        lambda state: fn(*consts, *state[0]),
-        (carry, _blank(shapes)),
-    )
+
+    def runs(state: Any) -> Array:
+        return jax.core.eval_jaxpr(cond, cond_consts, *of_cond, *state[0])[0]
+
+    def step(state: Any) -> Any:
+        outs, values = fn(*consts, *state[0])
+        if not lanes:
+            return outs, values
+        places = [_place_of_lanes(entry, value.shape, lanes) for entry, value in zip(entries, values, strict=True)]
+        going, (carry, before) = runs(state), state
+        return (
+            [_where(going, 0, new, old) for new, old in zip(outs, carry, strict=True)],
+            [_where(going, *choice) for choice in zip(places, values, before, strict=True)],
+        )
+
+    outs, values = lax.while_loop(lambda state: jnp.any(runs(state)), step, (carry, _blank(shapes)))
+    if lanes:
+        values = [_over_axes(collector.reduce, len(e.axes))(v) for e, v in zip(entries, values, strict=True)]
     return outs, _with_values(entries, values)
+
+
+def _place_of_lanes(entry: Entry, shape: tuple[int, ...], lanes: tuple[int, ...]) -> int | None:
+    """Where a value has the axes of the condition: they come from the outermost vmaps, since a body has its own inside.
+
+    None if it has not: it is the same in all lanes.
+    """
+    first, count = len(entry.axes), len(entry.mark.batch_axes)
+    places = range(first, first + count - len(lanes) + 1)
+    return next((k for k in places if shape[k : k + len(lanes)] == lanes), None)
+
+
+def _where(mask: Array, place: int | None, new: Array, old: Array) -> Array:
+    """new where the mask is true, whose axes are those of the arrays from `place` on."""
+    if place is None:
+        return new
+    return jnp.where(lax.broadcast_in_dim(mask, new.shape, range(place, place + mask.ndim)), new, old)
+
+
+def _over_axes(fn: Callable[[Array], Any], count: int) -> Callable[[Array], Any]:
+    for _ in range(count):
+        fn = jax.vmap(fn)
+    return fn
 
 
 def _cond(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
@@ -308,7 +405,13 @@ def _cond(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
 
         return call
 
-    outs, values = lax.switch(index, [branch(fn, keys[k]) for k, (fn, _) in enumerate(staged)], *operands)
+    calls = [branch(fn, keys[k]) for k, (fn, _) in enumerate(staged)]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        outs, values = lax.switch(index, calls, *operands)
+    else:  # lowered is but the branch of the platform, since another may be impossible on it
+        named = {name: call for names, call in zip(platforms, calls, strict=True) for name in names or ("default",)}
+        outs, values = lax.platform_dependent(*operands, **named)
     return outs, _with_values([entry for entry, _ in slots.values()], values)
 
 

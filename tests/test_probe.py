@@ -4,9 +4,12 @@ References are computed without the probe: plain functions are written a second 
 perturbation at each point; models are called layer by layer.
 """
 
+import dataclasses
+import threading
 import warnings
 from collections import OrderedDict
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import PartitionSpec as P
 
 import rmsjax
@@ -21,6 +26,14 @@ from rmsjax import activation_rms, gradient_rms, rms
 from rmsjax.probe import capture, collect, tag
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Programs here run once, so XLA need not work hard on them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def gaussian(*shape):
@@ -99,61 +112,63 @@ def unrolled(w, x, p):
 
 W = {"scale": np.float32(0.7), "kernels": gaussian(3, 4, 4)}
 X = gaussian(5, 4)
-OUT, VALUES = jax.jit(unrolled)(W, X, {})
+UNROLLED = jax.jit(unrolled)
 
 
-def test_values_come_out_of_all_control_flow():
-    out, values = jax.jit(collect(network))(W, X)
-    assert_trees_close(out, OUT)
+@pytest.fixture(scope="module")
+def reference():
+    return UNROLLED(W, X, {})
+
+
+def test_values_come_out_of_all_control_flow(reference):
+    """Operation by operation, and without a leak; the other tests compile it."""
+    with jax.checking_leaks():
+        out, values = collect(network)(W, X)
+    assert_trees_close((out, dict(values)), reference)
     assert list(values) == ["scaled", "jit", "dense", "act", "column", "branch", "other", "custom", "flip", "tree"]
-    assert_trees_close(dict(values), VALUES)
     assert values["tree"][1]["half"].dtype == jnp.bfloat16
 
 
-def test_collect_runs_eagerly_too():
-    with jax.checking_leaks():
-        out, values = collect(network)(W, X)
-    assert_trees_close(out, OUT)
-    assert_trees_close(dict(values), VALUES)
-
-
-def test_collect_under_transformations():
-    """vmap, grad, scan and remat of a collected function; what it returns can be differentiated too."""
+def test_collect_under_transformations(reference):
+    """vmap, scan, grad and remat of a collected function; what it returns can be differentiated too."""
     batch = np.stack([X, 2 * X])
-    found = jax.jit(jax.vmap(collect(network), in_axes=(None, 0)))(W, batch)
-    for k, x in enumerate(batch):
-        want = jax.jit(unrolled)(W, x, {})
-        assert_trees_close(jax.tree.map(lambda leaf, k=k: leaf[k], (found[0], dict(found[1]))), want, atol=1e-5)
 
     def through(w, values_too):
         out, values = jax.checkpoint(collect(network))(w, X)
         return out + values_too * (rms(values["act"]) + jnp.sum(values["tree"][0]))
 
-    def reference(w, values_too):
+    def through_unrolled(w, values_too):
         out, values = unrolled(w, X, {})
         return out + values_too * (rms(values["act"]) + jnp.sum(values["tree"][0]))
 
-    found, want = jax.jit(jax.grad(through)), jax.jit(jax.grad(reference))
-    for values_too in (0.0, 1.0):
-        assert_trees_close(found(W, values_too), want(W, values_too), rtol=1e-4, atol=1e-4)
+    @jax.jit
+    def found(w, values_too):
+        _, stacked = jax.lax.scan(lambda c, x: (c, collect(network)(w, x)[1]["act"]), 0, batch)
+        return jax.vmap(collect(network), in_axes=(None, 0))(w, batch), stacked, jax.grad(through)(w, values_too)
 
-    _, stacked = jax.jit(lambda w: jax.lax.scan(lambda c, x: (c, collect(network)(w, x)[1]["act"]), 0, batch))(W)
-    np.testing.assert_allclose(stacked[0], VALUES["act"], rtol=1e-5, atol=1e-6)
+    (out, values), stacked, gradient = found(W, 0.0)
+    for k, x in enumerate(batch):
+        of_one = jax.tree.map(lambda leaf, k=k: leaf[k], (out, dict(values)))
+        assert_trees_close(of_one, UNROLLED(W, x, {}), atol=1e-5)
+    np.testing.assert_allclose(stacked[0], reference[1]["act"], rtol=1e-5, atol=1e-6)
+    want = jax.jit(jax.grad(through_unrolled))
+    assert_trees_close(gradient, want(W, 0.0), rtol=1e-4, atol=1e-4)
+    assert_trees_close(found(W, 1.0)[2], want(W, 1.0), rtol=1e-4, atol=1e-4)
 
 
-def test_cotangents_are_the_gradients_at_the_tags():
-    points = {name: v for name, v in VALUES.items() if name not in ("tree", "other", "custom", "flip")}
+def test_cotangents_are_the_gradients_at_the_tags(reference):
+    out, values = reference
+    points = {name: v for name, v in values.items() if name not in ("tree", "other", "custom", "flip")}
     zeros = {name: np.zeros(v.shape, np.float32) for name, v in points.items()}
     gradient, want = jax.jit(jax.grad(lambda w, p: unrolled(w, X, p)[0], argnums=(0, 1)))(W, zeros)
-    found = jax.jit(collect(jax.value_and_grad(network), gradients=True))(W, X)
-    out, values, cotangents = found
-    assert_trees_close(out, (OUT, gradient), rtol=1e-4, atol=1e-4)
-    assert_trees_close(dict(values), VALUES)
+    found, collected, cotangents = jax.jit(collect(jax.value_and_grad(network), gradients=True))(W, X)
+    assert_trees_close(found, (out, gradient), rtol=1e-4, atol=1e-4)
+    assert_trees_close(dict(collected), values)
     # A derivative rule does not pass through the tags of the function that it replaces.
     assert [name for name in values if name not in cotangents] == ["custom", "flip"]
-    assert [name for name in values if name in cotangents] == list(cotangents)
+    assert [name for name in collected if name in cotangents] == list(cotangents)
     assert np.isnan(cotangents.pop("other")).all()
-    np.testing.assert_allclose(cotangents["tree"][0], 2 * VALUES["tree"][0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(cotangents["tree"][0], 2 * values["tree"][0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(cotangents.pop("tree")[1]["half"], 1)
     assert_trees_close(dict(cotangents), want, rtol=1e-4, atol=1e-4)
 
@@ -234,6 +249,76 @@ def test_loops_of_unknown_length_keep_the_last_value():
     _, values = collected(jnp.zeros(2), 0)
     assert np.isnan(values["float"]).all()
     assert values["int"] == 0
+
+
+def last_by_lane(x, counts):
+    """What a loop that adds 1 to x some number of times, tagging each result, has tagged last in each lane."""
+    x, counts = np.broadcast_arrays(x, counts)
+    return np.where(counts > 0, x + counts, np.nan).astype(np.float32)
+
+
+def test_loops_that_end_at_different_times():
+    """Under vmap each lane keeps its own last value, wherever the axis of the lanes is and whatever axes there are."""
+
+    def loop(x, n):
+        return jax.lax.fori_loop(0, n, lambda i, x: tag(x + tag(jnp.float32(1), "same"), "h"), x)
+
+    x, counts = np.arange(2, dtype=np.float32), np.array([1, 3, 0])
+    lanes = {
+        "loops": (jax.vmap(loop, (None, 0)), x[0], last_by_lane(x[0], counts)),
+        "loops of arrays": (jax.vmap(loop, (None, 0)), x, last_by_lane(x, counts[:, None])),
+        "inside": (jax.vmap(jax.vmap(loop, (None, 0)), (0, None)), x, last_by_lane(x[:, None], counts)),
+        "outside": (jax.vmap(jax.vmap(loop, (0, None)), (None, 0)), x, last_by_lane(x, counts[:, None])),
+    }
+    for name, (fn, x, want) in lanes.items():
+        _, values = jax.jit(collect(fn))(x, counts)
+        np.testing.assert_array_equal(values["h"], want, err_msg=name)
+        assert values["same"] == 1  # in no lane by itself
+    every = np.array([1, 3, 2])
+    _, values = jax.jit(collect(lanes["inside"][0], reduce=rms))(lanes["inside"][1], every)
+    assert float(values["h"]) == pytest.approx(np.sqrt(np.mean(last_by_lane(x[:, None], every) ** 2)))
+
+
+def test_loops_in_loops_that_end_at_different_times():
+    """A scan inside: one value for each of its steps, of the last iteration of each lane, reduced or not."""
+
+    def loop(n):
+        def iteration(_, x):
+            return jax.lax.scan(lambda x, step: (tag(x + step, "h"), None), x, jnp.arange(2.0))[0]
+
+        return jax.lax.fori_loop(0, n, iteration, jnp.float32(0))
+
+    counts = np.array([1, 3])
+    want = np.array([[0.0, 2.0], [1.0, 3.0]])  # [steps, lanes]
+    _, values = jax.jit(collect(jax.vmap(loop)))(counts)
+    np.testing.assert_array_equal(values["h"], want)
+    _, values = jax.jit(collect(jax.vmap(loop), reduce=jnp.max))(counts)
+    np.testing.assert_array_equal(values["h"], want.max(1))
+
+
+def test_only_the_branch_of_the_platform_is_lowered():
+    elsewhere = Primitive("elsewhere")
+    elsewhere.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(elsewhere, lambda ctx, x: [x], platform="tpu")  # on a CPU there is none
+
+    def fn(x):
+        return jax.lax.platform_dependent(
+            x, tpu=lambda x: tag(elsewhere.bind(x), "h"), default=lambda x: tag(2 * x, "h")
+        )
+
+    for collected in (collect(fn), jax.jit(collect(fn))):
+        out, values = collected(jnp.ones(2))
+        np.testing.assert_array_equal([out, values["h"]], np.full((2, 2), 2))
+
+
+def test_reduce_is_given_numbers_alone():
+    def fn(x):
+        return tag({"x": x, "n": 3 * x.astype(int), "mask": x > 0, "key": jax.random.key(0), "empty": x[:0]}, "tree")[
+            "x"
+        ]
+
+    _, values = collect(fn, reduce=rms)(jnp.ones(2))
+    assert values["tree"] == {"x": 1, "n": 3, "mask": None, "key": None, "empty": None}
 
 
 def test_what_cannot_be_collected_is_said():
@@ -404,7 +489,7 @@ def norms(activations):
     return {name: np.sqrt(np.mean(np.square(np.asarray(leaf, np.float64)))) for name, leaf in flat.items()}
 
 
-INPUT = gaussian(BATCH, 4)
+INPUT, STREAM = gaussian(BATCH, 4), gaussian(BATCH, WIDTH)
 captured = nnx.jit(lambda model, x: capture(model, x))
 
 
@@ -414,40 +499,79 @@ def model():
 
 
 @pytest.fixture(scope="module")
+def stack():
+    return nnx.jit(Stack)(nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
 def linen_model():
     module = LinenModel()
     return module, jax.jit(module.init)(jax.random.key(0), INPUT)
 
 
-def test_every_layer_of_an_nnx_model(model):
+def squares(out):
+    return jnp.sum(out**2)
+
+
+@pytest.fixture(scope="module")
+def compiled(model, stack, linen_model):
+    """All models measured by one program: what it returns, and its sizes."""
+    (graphdef, state), (stack_def, stack_state), (module, variables) = nnx.split(model), nnx.split(stack), linen_model
+
+    def measure(state, stack_state, variables):
+        stack = nnx.merge(stack_def, stack_state)
+        return {
+            "nnx": activation_rms(nnx.merge(graphdef, state), INPUT),
+            "stack": activation_rms(stack, STREAM),
+            "linen": activation_rms((module, variables), INPUT),
+            "nnx gradients": gradient_rms(squares, nnx.merge(graphdef, state), INPUT),
+            "stack gradients": gradient_rms(jnp.sum, stack, STREAM),
+            "linen gradients": gradient_rms(jnp.sum, (module, variables), INPUT),
+        }
+
+    program = jax.jit(measure).lower(state, stack_state, variables).compile()
+    return program(state, stack_state, variables), program
+
+
+def test_nothing_but_norms_leaves(compiled):
+    """One number for each layer, and for each iteration of a loop: BATCH in time, LAYERS of a stack."""
+    measured, program = compiled
+    assert {name: set(map(np.shape, norms.values())) for name, norms in measured.items()} == {
+        "nnx": {()},
+        "stack": {(), (LAYERS,)},
+        "linen": {(), (LAYERS,), (BATCH,)},
+        "nnx gradients": {()},
+        "stack gradients": {(), (LAYERS,)},
+        "linen gradients": {(), (LAYERS,), (BATCH,)},
+    }
+    norms = jax.tree.leaves(measured)
+    numbers, pointer = sum(norm.size for norm in norms), 8
+    assert program.memory_analysis().output_size_in_bytes <= 4 * numbers + pointer * (len(norms) + 1)
+
+
+def test_every_layer_of_an_nnx_model(model, compiled):
     before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey))))
     out, found = captured(model, INPUT)
     after = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey))))
     assert_trees_close(after, before, rtol=0, atol=0)  # neither statistics nor counts of keys
-    assert type(model) is Model
-    assert type(model.embed) is nnx.Linear
     want = nnx.jit(by_hand)(nnx.clone(model), INPUT)
     assert list(found) == list(want)
     assert_trees_close({**found, "pair": found["pair"][0]}, {**want, "pair": want["pair"][0]})
     assert found["pair"][1]["half"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(out, found["Model"])
-    measured = activation_rms(model, INPUT)
+    measured = compiled[0]["nnx"]
     assert list(measured) == [name for name in norms(found) if name != "pair"]
     assert_trees_close(dict(measured), norms(found), rtol=1e-6)
     assert set(measured) >= {"pair[0]", "pair[1]['half']"}
     assert not set(measured) & {"pair[1]['count']", "pair[1]['empty']"}
 
 
-def test_stacked_layers_have_a_norm_each():
+def test_stacked_layers_have_a_norm_each(stack, compiled):
     """A scan over stacked layers gives what a loop over them gives."""
-    stack, x = nnx.jit(Stack)(nnx.Rngs(0)), gaussian(BATCH, WIDTH)
-    measured = activation_rms(stack, x)
-    _, activations = captured(stack, x)
-    assert {name: norm.shape for name, norm in measured.items()} == {
-        **dict.fromkeys(["blocks/norm", "blocks/dense", "user's", "blocks"], (LAYERS,)),
-        "Stack": (),
-    }
-    assert activations["blocks/dense"].shape == (LAYERS, BATCH, WIDTH)
+    measured = compiled[0]["stack"]
+    assert list(measured) == ["blocks/norm", "blocks/dense", "user's", "blocks", "Stack"]
+    shapes = jax.eval_shape(lambda x: capture(stack, x)[1], STREAM)
+    assert shapes["blocks/dense"].shape == (LAYERS, BATCH, WIDTH)
 
     @jax.jit
     def loop(blocks, x):
@@ -460,50 +584,30 @@ def test_stacked_layers_have_a_norm_each():
             norms.append((rms(dense), rms(x)))
         return jnp.array(norms)
 
-    want = loop(stack.blocks, x)
+    want = loop(stack.blocks, STREAM)
     np.testing.assert_allclose(measured["blocks/dense"], want[:, 0], rtol=1e-5)
     np.testing.assert_allclose(measured["blocks"], want[:, 1], rtol=1e-5)
+    gradients = compiled[0]["stack gradients"]
+    assert float(gradients["Stack"]) == float(gradients["blocks"][-1]) == 1
 
 
-def test_compiles_once_and_nothing_but_norms_leaves(model):
-    graphdef, state = nnx.split(model)
-    fn = jax.jit(lambda state, x: activation_rms(nnx.merge(graphdef, state), x))
-    compiled = fn.lower(state, np.tile(INPUT, (1000, 1))).compile()
-    outputs = jax.tree.leaves(compiled.out_info)
-    assert all(info.size == 1 for info in outputs)
-    assert compiled.memory_analysis().output_size_in_bytes <= 16 * len(outputs)  # 4 bytes and a pointer for each
+def test_models_under_vmap():
+    """Over the seeds of a model."""
 
-    traces = []
+    @jax.jit
+    @jax.vmap
+    def measure(key):
+        block = Block(nnx.Rngs(key))
+        return activation_rms(block, STREAM), rms(block(STREAM))
 
-    class Counted(nnx.Module):
-        def __call__(self, x):
-            traces.append(x)
-            return x
-
-    for scale in (1.0, 2.0):
-        assert float(activation_rms(Counted(), scale * jnp.ones(2))["Counted"]) == scale
-    assert len(traces) == 1
+    found, want = measure(jax.random.split(jax.random.key(0), 2))
+    assert list(found) == ["norm", "dense", "user's", "Block"]
+    assert want[0] != want[1]
+    np.testing.assert_allclose(found["Block"], want, rtol=1e-6)
 
 
-def test_models_under_transformations():
-    """Under nnx.jit, and under vmap over the seeds of a model."""
-    graphdef, states = jax.jit(jax.vmap(lambda key: nnx.split(Block(nnx.Rngs(key)))))(
-        jax.random.split(jax.random.key(0), 2)
-    )
-    x = gaussian(BATCH, WIDTH)
-    found = jax.jit(jax.vmap(lambda state: activation_rms(nnx.merge(graphdef, state), x)))(states)
-    for k in range(2):
-        block = nnx.merge(graphdef, jax.tree.map(lambda leaf, k=k: leaf[k], states))
-        want = nnx.jit(lambda model, x: activation_rms(model, x))(block, x)
-        assert list(want) == list(found) == ["norm", "dense", "user's", "Block"]
-        assert_trees_close({name: norm[k] for name, norm in found.items()}, dict(want))
-
-
-def test_gradient_rms_of_an_nnx_model(model):
-    def loss(out):
-        return jnp.sum(out**2)
-
-    found = gradient_rms(loss, model, INPUT)
+def test_gradient_rms_of_an_nnx_model(model, compiled):
+    found = compiled[0]["nnx gradients"]
     _, h = captured(model, INPUT)
     head = model.head.layers
     d_out = 2 * h["Model"]
@@ -520,7 +624,7 @@ def test_gradient_rms_of_an_nnx_model(model):
     }
     for name, value in want.items():
         np.testing.assert_allclose(found[name], rms(value), rtol=2e-2 if "half" in name or "shared" in name else 1e-5)
-    assert list(found) == [name for name in activation_rms(model, INPUT) if name in found]
+    assert list(found) == [name for name in compiled[0]["nnx"] if name in found]
     assert {"embed", "blocks/0/norm", "blocks/1"} <= set(found)
 
 
@@ -546,9 +650,9 @@ class LinenModel(nn.Module):
         return self(x, train) + 1
 
 
-def test_every_layer_of_a_linen_model(linen_model):
+def test_every_layer_of_a_linen_model(linen_model, compiled):
     _, variables = linen_model
-    measured = activation_rms(linen_model, INPUT)
+    measured = compiled[0]["linen"]
     assert list(measured) == [
         *("Dense_0", "shared", "shared#2"),
         *("stack/LayerNorm_0", "stack/Dense_0", "stack[0]"),
@@ -593,10 +697,9 @@ def test_arguments_of_a_linen_model(linen_model):
     assert (activations["Dropout_0"] == 0).any()
 
 
-def test_gradient_rms_of_a_linen_model(linen_model):
-    found = gradient_rms(jnp.sum, linen_model, INPUT)
+def test_gradient_rms_of_a_linen_model(compiled):
+    found = compiled[0]["linen gradients"]
     assert float(found["LinenModel"]) == float(found["rnn"]) == 1.0
-    assert found["stack/Dense_0"].shape == (LAYERS,)
     # The residual stream: what arrives behind the last block arrives at what its Dense layer adds.
     np.testing.assert_allclose(found["stack/Dense_0"], found["stack[0]"], rtol=1e-6)
 
@@ -631,29 +734,163 @@ def test_models_that_shard_themselves():
     np.testing.assert_allclose([measured["inner"], measured["Split"]], np.full(2, rms(2 * x)), rtol=1e-6)
 
 
+class Leaf(nnx.Module):
+    def __call__(self, x):
+        return 2 * x
+
+
+def floats(norms):
+    return {name: float(norm) for name, norm in norms.items()}
+
+
+def test_a_program_is_kept_for_equal_calls():
+    traces = []
+
+    class Counted(nnx.Module):
+        def __call__(self, x, flag):
+            traces.append(flag)
+            return x if flag is True else 2 * x
+
+    for scale in (1.0, 2.0):
+        for flag in (True, 1):  # equal, and yet another call
+            factor = 1 if flag is True else 2
+            assert floats(activation_rms(Counted(), scale * jnp.ones(2), flag)) == {"Counted": factor * scale}
+    assert traces == [True, 1]
+
+
+class Listed(nn.Module):
+    features: Any
+
+    @nn.compact
+    def __call__(self, x, options=None):
+        for size in self.features["sizes"]:
+            x = nn.Dense(size, kernel_init=nn.initializers.ones)(x)
+        return x
+
+
+@dataclasses.dataclass
+class Options:
+    scale: int = 3
+
+
+def test_what_has_no_hash():
+    """Lists and dicts in a Linen module, a set or a plain dataclass as an argument: known by their identity."""
+    x = np.ones((1, 2), np.float32)
+    sequence = nn.Sequential([nn.Dense(2, kernel_init=nn.initializers.ones), jnp.negative])
+    params = {"params": {"layers_0": {"kernel": x * x.T, "bias": x[0]}}}
+    assert floats(activation_rms((sequence, params), x)) == {"layers_0": 3, "Sequential": 3}
+    model = Listed({"sizes": [2]})
+    params = {"params": {"Dense_0": {"kernel": x * x.T, "bias": x[0]}}}
+    for options in ({1, 2}, Options()):
+        assert floats(activation_rms((model, params), x, options)) == {"Dense_0": 3, "Listed": 3}
+    assert floats(gradient_rms(jnp.sum, (model, params), x)) == {"Dense_0": 1, "Listed": 1}
+
+
 def test_other_kinds_of_nnx_classes():
     """Subclasses that call their parent count once; a module that is no pytree, or is shared, is a layer as well."""
 
     class Parent(nnx.Module):
-        def __call__(self, x):
-            return x + 1
+        def __init_subclass__(cls, *, shift, **kwargs):
+            super().__init_subclass__(**kwargs)
+            cls.shift = shift
 
-    class Child(Parent):
+        def __call__(self, x):
+            return x + self.shift
+
+    class Child(Parent, shift=1):
         def __call__(self, x):
             return super().__call__(x) * 2
+
+    class Heir(Parent, shift=0):
+        pass
 
     class Root(nnx.Module, pytree=False):
         def __init__(self):
             self.first = self.second = Child()
+            self.heir = Heir()
 
         def __call__(self, x):
-            return self.second(self.first(x))
+            assert type(self.first) is Child
+            return self.heir(self.second(self.first(x)))
 
-    measured = activation_rms(Root(), jnp.zeros(2))
-    assert {name: float(norm) for name, norm in measured.items()} == {"first": 2, "first#2": 6, "Root": 6}
+    own = Child.__call__
+    assert floats(activation_rms(Root(), jnp.zeros(2))) == {"first": 2, "first#2": 6, "heir": 6, "Root": 6}
+    assert Child.__call__ is own
+    assert "__call__" not in vars(Heir)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert type(nnx.clone(Root())) is Root
+
+
+def test_compiled_calls_of_an_nnx_model():
+    """A layer that is compiled by itself, and was before anybody measured it."""
+
+    class Compiled(nnx.Module):
+        def __init__(self):
+            self.leaf = Leaf()
+
+        @nnx.jit
+        def __call__(self, x):
+            return self.leaf(x) + 1
+
+    model = Compiled()
+    assert model(jnp.ones(())) == 3
+    assert floats(activation_rms(model, jnp.ones(()))) == {"leaf": 2, "Compiled": 3}
+    assert model(jnp.ones(())) == 3
+
+
+def test_a_linen_layer_in_an_nnx_model():
+    class Mixed(nnx.Module):
+        def __init__(self):
+            dense = nn.Dense(2, kernel_init=nn.initializers.ones)
+            self.linen = nnx.bridge.ToNNX(dense, rngs=nnx.Rngs(0)).lazy_init(jnp.ones((1, 2)))
+            self.leaf = Leaf()
+
+        def __call__(self, x):
+            return self.leaf(self.linen(x))
+
+    assert floats(activation_rms(Mixed(), jnp.ones((1, 2)))) == {"linen": 2, "leaf": 4, "Mixed": 4}
+
+
+def test_methods_of_a_model():
+    class Encoder(nnx.Module):
+        def __init__(self):
+            self.leaf = Leaf()
+
+        def encode(self, x, times):
+            return times * self.leaf(x)
+
+    x = jnp.ones(3)
+    assert floats(activation_rms(Encoder().encode, x, times=3)) == {"leaf": 2, "Encoder.encode": 6}
+    assert floats(gradient_rms(jnp.sum, Encoder().encode, x, 3)) == {"leaf": 3, "Encoder.encode": 1}
+    with pytest.raises(
+        TypeError, match=r"activation_rms: Encoder has no __call__; name a method, such as model.encode"
+    ):
+        activation_rms(Encoder(), x, 3)
+
+
+def test_models_that_others_call_meanwhile():
+    """In another thread, while this model is traced: one that is measured too, and one that is not."""
+    found = {}
+
+    def elsewhere():
+        found["measured"] = floats(activation_rms(Leaf(), jnp.ones(1)))
+        found["plain"] = collect(lambda x: Leaf()(x))(jnp.ones(1))
+
+    class Slow(nnx.Module):
+        def __init__(self):
+            self.leaf = Leaf()
+
+        def __call__(self, x):
+            other = threading.Thread(target=elsewhere)
+            other.start()
+            other.join()
+            return self.leaf(x)
+
+    own = Leaf.__call__
+    assert floats(activation_rms(Slow(), jnp.ones(2))) == {"leaf": 2, "Slow": 2}
+    assert found == {"measured": {"Leaf": 2}, "plain": (2, {})}
+    assert Leaf.__call__ is own
 
 
 @pytest.mark.parametrize(

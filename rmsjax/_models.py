@@ -1,0 +1,231 @@
+"""Flax models as functions that tag what their layers return: `program_of` makes one, `measure` runs and reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from functools import partial, wraps
+from types import MethodType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from rmsjax._norm import rms
+from rmsjax._tags import Trees, arrays_of, by_name, fill_in, is_array, run, tag_tree
+
+# ------------------------------------------------------------------------------------------------------------- programs
+
+
+def program_of(function: str, model: Any) -> tuple[Callable[..., Any], Any]:
+    """A model as a function of (its state, args, kwargs) that tags what each layer returns, and the state."""
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module):
+        module, variables = model
+        return _LinenProgram(Static(module)), variables
+    owner, method = (model.__self__, model.__func__) if isinstance(model, MethodType) else (model, None)
+    if not isinstance(owner, nnx.Module):
+        linen = isinstance(owner, nn.Module)
+        hint = "write (module, variables)" if linen else "for a plain function use tag and collect"
+        raise TypeError(
+            f"{function}: model must be a flax.nnx module, a method of one, or a tuple of a flax.linen module and its "
+            f"variables, got {type(model).__name__}; {hint}"
+        )
+    if method is None and not callable(owner):
+        raise TypeError(f"{function}: {type(owner).__name__} has no __call__; name a method, such as model.encode")
+    graphdef, state = nnx.split(owner)
+    return _NNXProgram(Static(graphdef), method), state
+
+
+@dataclass(frozen=True)
+class _LinenProgram:
+    module: Static
+
+    def __call__(self, variables: Any, args: Any, kwargs: Any) -> Any:
+        with nn.intercept_methods(_tag_linen):
+            return self.module.value.apply(variables, *args, **kwargs)
+
+
+def _tag_linen(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    out = call(*args, **kwargs)
+    if context.method_name != "__call__":
+        return out
+    return tag_tree(out, _path(context.module.path, context.module))
+
+
+@dataclass(frozen=True)
+class _NNXProgram:
+    graphdef: Static
+    method: Callable[..., Any] | None
+
+    def __call__(self, state: Any, args: Any, kwargs: Any) -> Any:
+        model = nnx.merge(self.graphdef.value, state)
+        with contextlib.ExitStack() as stack:
+            for path, module in list(nnx.iter_graph(model)):
+                if isinstance(module, nnx.Module) and callable(module):
+                    setattr(module, _PATH, _path(path, module))
+                    stack.enter_context(_tagged_calls(type(module)))
+            if self.method is None:
+                return model(*args, **kwargs)
+            return tag_tree(self.method(model, *args, **kwargs), f"{type(model).__name__}.{self.method.__name__}")
+
+
+# The path of a module is an attribute of it, and so goes with it into the copies that nnx.scan, nnx.remat and nnx.jit
+# make. Flax takes names that begin like this for its own where it lists the attributes of a module (bridge.ToNNX).
+_PATH = "_pytree__rmsjax_path"
+
+_patching = threading.Lock()
+_patched: dict[type, tuple[int, Any]] = {}  # how many programs use the class now, and the __call__ of its own it had
+
+
+@contextlib.contextmanager
+def _tagged_calls(cls: type) -> Generator[None]:
+    """For as long as this lasts, calls of modules of this class that have a path tag what they return.
+
+    All others, such as the models that another thread calls meanwhile, go on as they were.
+    """
+    with _patching:
+        users, own = _patched.get(cls, (0, vars(cls).get("__call__")))
+        if not users:
+            setattr(cls, "__call__", _tagging(cls, cls.__call__))  # noqa: B010
+        _patched[cls] = users + 1, own
+    try:
+        yield
+    finally:
+        with _patching:
+            users, own = _patched.pop(cls)
+            if users > 1:
+                _patched[cls] = users - 1, own
+            elif own is None:
+                delattr(cls, "__call__")
+            else:
+                setattr(cls, "__call__", own)  # noqa: B010
+
+
+def _tagging(cls: type, call: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(call)
+    def tagging(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = call(self, *args, **kwargs)
+        path = vars(self).get(_PATH) if type(self) is cls else None  # a subclass that calls its parent tags by itself
+        return out if path is None else tag_tree(out, path)
+
+    return tagging
+
+
+def _path(path: Iterable[Any], module: Any) -> str:
+    return "/".join(map(str, path)) or type(module).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def trainable(function: str, model: Any, key: Array) -> tuple[Any, Callable[..., tuple[Any, Trees]]]:
+    """The parameters of a model, and a function of `(params, *args)`, with all else in its state as it is.
+
+    It returns the output, and what each layer returned as (*loops, examples, elements): loops are those of stacked
+    layers, examples the first axis of an output, elements all others.
+    """
+    program, state = program_of(function, model)
+
+    def measured(state: Any, args: Any, kwargs: Any) -> tuple[Any, Trees]:
+        return measure(program, (state, args, kwargs), _by_example, _pool_examples)[:2]
+
+    if isinstance(program, _LinenProgram):
+        rest = {name: collection for name, collection in state.items() if name != "params"}
+        kwargs = {"rngs": {"params": key}, "mutable": list(rest)}
+
+        def without_updates(params: Any, *args: Any) -> tuple[Any, Trees]:
+            (out, _), layers = measured({**rest, "params": params}, args, kwargs)
+            return out, layers
+
+        return state.get("params", {}), without_updates
+    params, others = nnx.split_state(state, nnx.Param, ...)
+    return params, lambda params, *args: measured(nnx.merge_state(params, others), args, {})
+
+
+def measure(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    reduce: Callable[[Array], Array],
+    pool: Callable[[Array, tuple[str, ...]], Array],
+) -> tuple[Any, Trees, Trees]:
+    """fn(*args), and the values and cotangents of the layers in it, by the name of each floating array.
+
+    Each is reduced where it arises; `pool` is given the result and the names of the axes in front, and pools shards.
+    """
+    out, entries = run(fn, args, {}, arrays_of(jnp.inexact, reduce))
+    found = [entry if entry.value is None else entry._replace(value=pool(entry.value, entry.axes)) for entry in entries]
+    values, cotangents = by_name(found)
+    return out, _flat(values), _flat(cotangents)
+
+
+def pool_norms(norms: Array, axes: tuple[str, ...]) -> Array:
+    """Shards are of one size, so the norm of the whole is the norm of their norms."""
+    return rms(norms, _shards(axes)) if "shard" in axes else norms
+
+
+def _by_example(x: Array) -> Array:
+    return x.reshape(*(x.shape[:1] or (1,)), -1)
+
+
+def _pool_examples(x: Array, axes: tuple[str, ...]) -> Array:
+    """A shard has some of the examples."""
+    shards = _shards(axes)
+    loops = len(axes) - len(shards)
+    x = jnp.moveaxis(x, shards, range(loops, len(axes)))
+    return x.reshape(*x.shape[:loops], -1, x.shape[-1])
+
+
+def _shards(axes: tuple[str, ...]) -> list[int]:
+    return [k for k, axis in enumerate(axes) if axis == "shard"]
+
+
+def _flat(trees: Trees) -> Trees:
+    return OrderedDict(
+        (name + jax.tree_util.keystr(path), value)
+        for name, tree in trees.items()
+        for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- compiled
+
+
+class Static:
+    """A static argument of a jit: known by its type and value or, if it has no hash (a list, a dict), by its identity.
+
+    So equal models share a compiled program.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        try:
+            self.hash, self.by_value = hash(value), True
+        except TypeError:
+            self.hash, self.by_value = id(value), False
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Static) or type(self.value) is not type(other.value):  # True == 1 is another call
+            return False
+        return self.value is other.value or (self.by_value and other.by_value and bool(self.value == other.value))
+
+
+def jitted(fn: Callable[..., Any], *args: Any) -> Any:
+    """fn(*args), compiled, with all that is no array as static arguments."""
+    leaves, treedef = jax.tree.flatten(args)
+    static = tuple(None if is_array(leaf) else Static(leaf) for leaf in leaves)
+    return _jitted(fn, Static(treedef), static, [leaf for leaf in leaves if is_array(leaf)])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _jitted(fn: Callable[..., Any], treedef: Static, static: tuple[Static | None, ...], arrays: list[Array]) -> Any:
+    rest = [None if leaf is None else (leaf.value,) for leaf in static]
+    return fn(*treedef.value.unflatten(fill_in(rest, arrays)))
