@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from os import PathLike
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -25,8 +26,10 @@ from flax import nnx
 from jax import Array
 from scipy.special import stdtrit
 
+from rmsjax._models import trainable
+from rmsjax._tags import partition
+from rmsjax._text import text_table
 from rmsjax._tree import tree_rms
-from rmsjax.probe import activation_rms, capture
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -79,6 +82,40 @@ class WidthRecord:
         change: the RMS norm of the activation minus the same activation at step 0.
         sizes: the number of elements of each activation for one example of the batch.
         loss: the loss at each step; NaN if nothing was trained.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from rmsjax import WidthRecord
+        >>> widths, ones = np.array([64, 256]), np.ones((2, 3, 2, 1))  # three seeds, steps 0 and 1, one layer
+        >>> change = ones * np.sqrt(widths / 64)[:, None, None, None] * np.array([[0.0], [0.5]])
+        >>> record = WidthRecord(("dense",), widths, np.arange(3), ones, change, widths[:, None], ones[..., 0])
+        >>> record
+        slopes of log RMS against log width, mean over 3 seeds ± 95 % interval
+        widths 64, 256; 1 step of training
+        <BLANKLINE>
+        layer  RMS, step 0  RMS, step 1  change, step 1  verdict
+        dense  +0.00 ±0.00  +0.00 ±0.00     +0.50 ±0.00    grows
+        <BLANKLINE>
+        verdict: grows (1 of 1 layer)
+        >>> record.verdict, record.verdicts, record.doubtful
+        ('grows', {'dense': 'grows'}, ())
+        >>> print(record.slopes("change").mean[-1], record.over_seeds("change")[:, -1], record.l2[:, 0, 0])
+        [0.5] [[0.5] [1. ]] [[ 8.] [16.]]
+        >>> print(record.history(256, "change"))
+        {'dense': array([0., 1.])}
+        >>> print(record.width_table())
+        layer  RMS 64  RMS 256  slope  L2 64  L2 256  slope
+        dense       1        1  +0.00      8      16  +0.50
+        >>> print({name: len(column) for name, column in record.to_dict().items()})
+        {'width': 12, 'seed': 12, 'step': 12, 'layer': 12, 'rms': 12, 'change': 12, 'l2': 12, 'loss': 12}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     record.save(f"{folder}/check.npz")
+        ...     print(WidthRecord.load(f"{folder}/check.npz").verdict)
+        grows
+
+    Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1; exponents of width as in Yang and Hu,
+        Tensor Programs IV (arXiv 2011.14522).
     """
 
     layers: tuple[str, ...]
@@ -163,7 +200,7 @@ class WidthRecord:
                 f"slopes of log RMS against log width, mean over {_counted(len(self.seeds), 'seed')} ± 95 % interval",
                 f"widths {', '.join(map(str, self.widths))}; {_counted(self.steps, 'step')} of training",
                 "",
-                *text_table(rows),
+                text_table(rows),
                 "",
                 self._conclusion(),
             ]
@@ -176,13 +213,19 @@ class WidthRecord:
         return f"verdict: {self.verdict}{where}{doubts if self.doubtful else ''}"
 
     def width_table(self, step: int = -1) -> str:
-        """The RMS norms of each layer at each width, the L2 norms beside them, and the slopes of both, as text."""
+        """The RMS norms of each layer at each width, the L2 norms beside them, and the slopes of both, as text.
+
+        Raises:
+            ValueError: a step that was not recorded.
+        """
+        if not -self.rms.shape[2] <= step <= self.steps:
+            raise ValueError(f"WidthRecord: step must be one of 0 to {self.steps}, or -1 for the last, got {step}")
         rows = [["layer", *(f"RMS {w}" for w in self.widths), "slope", *(f"L2 {w}" for w in self.widths), "slope"]]
         parts = [(self.over_seeds(q)[:, step], self.slopes(q).mean[step]) for q in ("rms", "l2")]
         for i, layer in enumerate(self.layers):
             cells = [[*(f"{v:.3g}" for v in means[:, i]), f"{slopes[i]:+z.2f}"] for means, slopes in parts]
             rows.append([layer, *cells[0], *cells[1]])
-        return "\n".join(text_table(rows))
+        return text_table(rows)
 
     def to_dict(self) -> dict[str, np.ndarray]:
         """Columns of one length, a row for each width, seed, step and layer: `pandas.DataFrame(record.to_dict())`."""
@@ -213,7 +256,7 @@ class WidthRecord:
 
 
 def coord_check(
-    make_model: Callable[[int, nnx.Rngs], nnx.Module | nn.Module],
+    make_model: Callable[[int, nnx.Rngs], nnx.Module | MethodType | nn.Module],
     batch: Sequence[PyTree],
     *,
     widths: Iterable[int],
@@ -235,10 +278,13 @@ def coord_check(
     averages) stays as it is, so that only learning changes an activation.
 
     Args:
-        make_model: `(width, rngs)` to a Flax NNX module, or to a Linen one, which is initialised here.
-        batch: the arguments of the model, and last what the loss compares the output with: (x, labels).
+        make_model: `(width, rngs)` to a Flax NNX module or a method of one, or to a Linen module, which is initialised
+            here.
+        batch: the arguments of the model, and last what the loss compares the output with: (x, labels). Arrays are
+            traced, all else, such as a flag, reaches the model as it is.
         widths: at least two; what width means is up to make_model and make_optimizer.
-        make_optimizer: width to an optax transformation, since the learning rates of muP depend on it.
+        make_optimizer: width to an optax transformation, since the learning rates of muP depend on it. Its update is
+            given the extra arguments that some of optax's ask for: value, grad and value_fn.
         loss: `(output, target)` to a loss, which is averaged if it is not a scalar.
         steps: how many steps to train.
         seeds: how many seeds, or which; intervals need two at least, three or more are worth having.
@@ -268,24 +314,31 @@ def coord_check(
     Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1.
     """
     widths = _integers("coord_check", "widths", widths, least=1, count=2)
-    seeds = _integers("coord_check", "seeds", range(seeds) if isinstance(seeds, int) else seeds, least=0)
+    if not isinstance(seeds, Iterable):
+        seeds = range(*_integers("coord_check", "seeds", [seeds], least=1))
+    seeds = _integers("coord_check", "seeds", seeds, least=0)
     (steps,) = _integers("coord_check", "steps", [steps], least=1)
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise ValueError(f"coord_check: batch must be a tuple such as (x, labels), the target last, got {batch!r:.80}")
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    measured: list[_Measured] = []
-    for width in _with_bar(widths, progress):
-        train = partial(_train, partial(make_model, width), make_optimizer(width), loss, steps)
-        measured.append(jax.device_get(jax.jit(jax.vmap(train, in_axes=(None, 0)))(tuple(batch), keys)))
-    return _record("coord_check", widths, seeds, measured)
+    arrays, join = partition(tuple(batch))
+
+    def trained(width: int) -> _Measured:
+        def train(arrays: list[Array], key: Array) -> _Measured:
+            return _train(partial(make_model, width), make_optimizer(width), loss, steps, join(arrays), key)
+
+        return jax.device_get(jax.jit(jax.vmap(train, in_axes=(None, 0)))(arrays, keys))
+
+    return _record("coord_check", widths, seeds, [trained(width) for width in _with_bar(widths, progress)])
 
 
 def compare_widths(models: Mapping[int, Any], *args: Any) -> WidthRecord:
     """Measure models of several widths as they are: the RMS norm of every activation, side by side.
 
     Args:
-        models: from width to a Flax NNX module or a tuple (Linen module, variables), or to a list of these (seeds).
-        args: what the models are called with.
+        models: from width to a Flax NNX module, a method of one, or a tuple (Linen module, variables); or to a list of
+            these (seeds).
+        args: what the models are called with, as in `rmsjax.activation_rms`.
 
     Returns:
         A record with step 0 only; `print(record.width_table())` shows RMS beside L2 norms.
@@ -298,10 +351,12 @@ def compare_widths(models: Mapping[int, Any], *args: Any) -> WidthRecord:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> import rmsjax
-        >>> models = {width: nnx.Linear(8, width, rngs=nnx.Rngs(0)) for width in (64, 256, 1024)}
+        >>> models = {width: nnx.Linear(8, width, rngs=nnx.Rngs(0)) for width in (64, 1024)}
         >>> print(rmsjax.compare_widths(models, jnp.ones((32, 8))).width_table())
-        layer   RMS 64  RMS 256  RMS 1024  slope  L2 64  L2 256  L2 1024  slope
-        Linear   0.971      1.1      1.03  +0.02   7.77    17.6     32.9  +0.52
+        layer   RMS 64  RMS 1024  slope  L2 64  L2 1024  slope
+        Linear   0.971      1.03  +0.02   7.77     32.9  +0.52
+
+    Source: the first step of a coordinate check, Yang et al. (arXiv 2203.03466), appendix D.1.
     """
     widths = _integers("compare_widths", "widths", models, least=1, count=2)
     by_width = [list(models[w]) if isinstance(models[w], list) else [models[w]] for w in widths]
@@ -338,10 +393,11 @@ def _train(
     model = make_model(nnx.Rngs(key))
     if isinstance(model, nn.Module):
         model = (model, model.init(key, *args))
-    params, program = _split("coord_check", model, args, key)
+    params, program = trainable("coord_check", model, key)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def objective(params: Any) -> tuple[Array, _Activations]:
-        output, activations = program(params)
+        output, activations = program(params, *args)
         return jnp.mean(loss(output, target)), activations
 
     def step(carry: Any, index: Array) -> tuple[Any, Any]:
@@ -349,71 +405,31 @@ def _train(
         (value, now), grads = jax.value_and_grad(objective, has_aux=True)(params)
         # Step 0 is run by the same program as all others, so what did not learn has changed by 0, not by rounding.
         first = jax.tree.map(lambda new, old: jnp.where(index == 0, new, old), now, first)
-        updates, state = optimizer.update(grads, state, params)
-        measured = _norms(now), _norms(jax.tree.map(_difference, now, first)), value
-        return (optax.apply_updates(params, updates), state, first), measured
+        # Some optimizers ask for more than the gradient: a schedule for the loss, a line search for the function.
+        more = {"value": value, "grad": grads, "value_fn": lambda params: objective(params)[0]}
+        updates, state = optimizer.update(grads, state, params, **more)
+        norms = _norms((now, jax.tree.map(_difference, now, first)))
+        return (optax.apply_updates(params, updates), state, first), (norms, value)
 
-    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(program, params)[1])
-    _, (rms, change, losses) = jax.lax.scan(step, (params, optimizer.init(params), blank), jnp.arange(steps + 1))
+    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(objective, params)[1])
+    _, ((rms, change), losses) = jax.lax.scan(step, (params, optimizer.init(params), blank), jnp.arange(steps + 1))
     return _Measured(rms, change, _sizes(blank), losses)
 
 
 def _measure(args: tuple[Any, ...], model: Any) -> _Measured:
     """One model as it is."""
-    params, program = _split("compare_widths", model, args, jax.random.key(0))
+    params, program = trainable("compare_widths", model, jax.random.key(0))
 
     def measure(params: Any) -> _Measured:
-        _, activations = program(params)
+        _, activations = program(params, *args)
         rms = _norms(activations)
         return _Measured(rms, jax.tree.map(jnp.zeros_like, rms), _sizes(activations), jnp.full((), jnp.nan))
 
     return jax.tree.map(lambda x: np.asarray(x)[None], jax.jit(measure)(params))
 
 
-def _split(
-    function: str, model: Any, args: Sequence[Any], key: Array
-) -> tuple[Any, Callable[[Any], tuple[Any, _Activations]]]:
-    """The parameters of a model, and the function from parameters to its output and its activations."""
-    kwargs: dict[str, Any] = {}
-    if isinstance(model, nnx.Module):
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-        def whole(params: Any) -> Any:
-            return nnx.merge(graphdef, params, rest)
-
-    elif isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module):
-        module, variables = model
-        params = variables.get("params", {})
-        others = {name: collection for name, collection in variables.items() if name != "params"}
-        kwargs = {"rngs": {"params": key}, "mutable": list(others)}  # so a call returns (output, collections)
-
-        def whole(params: Any) -> Any:
-            return module, {"params": params, **others}
-
-    else:
-        raise TypeError(
-            f"{function}: a model must be a flax.nnx module, or a linen module (for compare_widths with its variables, "
-            f"as a tuple), got {type(model).__name__}"
-        )
-
-    # The probe knows which axes are those of loops: they are what its norms have left.
-    norms = jax.eval_shape(lambda params: activation_rms(whole(params), *args, **kwargs), params)
-
-    def program(params: Any) -> tuple[Any, _Activations]:
-        output, trees = capture(whole(params), *args, **kwargs)
-        activations: _Activations = OrderedDict()
-        for label, tree in trees.items():
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-                name = label + jax.tree_util.keystr(path)
-                if name in norms:
-                    loops, own = leaf.shape[: norms[name].ndim], leaf.shape[norms[name].ndim :]
-                    activations[name] = leaf.reshape(*loops, *own[:1] or (1,), math.prod(own[1:]))
-        return (output[0] if kwargs else output), activations
-
-    return params, program
-
-
-def _norms(activations: _Activations) -> OrderedDict[str, Array]:
+def _norms(activations: Any) -> Any:
+    """A tree of norms of a tree of activations."""
     return jax.tree.map(lambda norm: norm.reshape(norm.shape[:-2]), tree_rms(activations, (-2, -1)))
 
 
@@ -498,13 +514,3 @@ def _with_interval(mean: float, high: float) -> str:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def text_table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines in which the first column stands to the left, the others to the right."""
-    rows = list(rows)
-    extents = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(n) if i else cell.ljust(n) for i, (cell, n) in enumerate(zip(row, extents, strict=True)))
-        for row in rows
-    ]

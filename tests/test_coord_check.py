@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 import rmsjax
@@ -26,17 +27,22 @@ from tests.parametrisations import (
     zen_of_python,
 )
 
-WIDTHS = [64, 128, 256]
 X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def setting():
-    """optax's Adam needs promotion. Programs here run once, so XLA need not work hard on them."""
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Programs here run once, so XLA need not work hard on them."""
     jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def promotion(strict):
+    """optax's Adam needs it."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def check(make_model, batch=(X, X[:, :1]), **kwargs):
@@ -78,9 +84,10 @@ def seed_sets(record, count):
 class NumpyMLP:
     """`ResidualMLP` by itself: forward, backward and Adam in float64."""
 
-    def __init__(self, width, seed, *, mup):
-        model = ResidualMLP(width, nnx.Rngs(jax.random.key(seed)), mup=mup)
-        names = ["embed", "block0/up", "block0/down", "block1/up", "block1/down", "readout/linear"]
+    def __init__(self, width, seed, *, mup, blocks):
+        model = ResidualMLP(width, nnx.Rngs(jax.random.key(seed)), mup=mup, blocks=blocks)
+        self.blocks = [f"block{i}" for i in range(blocks)]
+        names = ["embed", *(f"{block}/{part}" for block in self.blocks for part in ("up", "down")), "readout/linear"]
         self.kernel, self.bias = {}, {}
         for name in names:
             layer = functools.reduce(getattr, name.split("/"), model)
@@ -97,7 +104,7 @@ class NumpyMLP:
     def forward(self, x):
         self.inputs, self.outputs = {}, {}
         x = self.dense("embed", x)
-        for block in ("block0", "block1"):
+        for block in self.blocks:
             branch = self.dense(f"{block}/down", np.maximum(self.dense(f"{block}/up", x), 0))
             self.outputs[block] = branch
             x = x + branch
@@ -110,7 +117,7 @@ class NumpyMLP:
         cotangent = (p / p.sum(1, keepdims=True) - np.eye(logits.shape[1])[labels]) / len(labels)
         self.grads = {}
         stream = self.multiplier * self.back("readout/linear", cotangent)
-        for block in ("block1", "block0"):
+        for block in reversed(self.blocks):
             inner = self.back(f"{block}/down", stream) * (self.inputs[f"{block}/down"] > 0)
             stream = stream + self.back(f"{block}/up", inner)
         self.back("embed", stream)
@@ -131,13 +138,13 @@ class NumpyMLP:
                 params[name] = params[name] - learning_rate * rate * corrected
 
 
-def numpy_slopes(record, mup, seeds):
+def numpy_slopes(record, mup, seeds, blocks):
     """Slopes of RMS and of change at each step, by `np.polyfit` on what float64 numpy makes of the same start."""
     x, labels = digits()
     norms = np.zeros((2, *record.rms[:, : len(seeds)].shape))
     for w, width in enumerate(record.widths):
         for s, seed in enumerate(seeds):
-            model = NumpyMLP(width, seed, mup=mup)
+            model = NumpyMLP(width, seed, mup=mup, blocks=blocks)
             first = None
             for step in range(record.steps + 1):
                 outputs = model.forward(np.float64(x))
@@ -145,8 +152,9 @@ def numpy_slopes(record, mup, seeds):
                 for k, layer in enumerate(record.layers):
                     values = (outputs[layer], outputs[layer] - first[layer])
                     norms[:, w, s, step, k] = [math.sqrt(np.mean(v**2)) for v in values]
-                model.backward(labels)
-                model.adam(step + 1)
+                if step < record.steps:
+                    model.backward(labels)
+                    model.adam(step + 1)
 
     def slopes(values):
         flat = np.log(np.where(values == 0, 1, values)).reshape(len(record.widths), -1)  # 0 at every width: slope 0
@@ -155,39 +163,44 @@ def numpy_slopes(record, mup, seeds):
     return slopes(norms[0]), slopes(norms[1][:, :, 1:])
 
 
-def assert_slopes_agree(record, mup, seeds):
+def assert_slopes_agree(record, mup, seeds, blocks):
     ours = dataclasses.replace(record, **{n: getattr(record, n)[:, : len(seeds)] for n in ("rms", "change")})
-    rms, change = numpy_slopes(ours, mup, seeds)
+    rms, change = numpy_slopes(ours, mup, seeds, blocks)
     differences = [ours.slopes("rms").mean - rms.mean(0), ours.slopes("change").mean[1:] - change.mean(0)]
     worst = max(np.max(np.abs(d)) for d in differences)
     assert worst < 0.05, worst
     return worst
 
 
-@pytest.mark.parametrize(("mup", "verdict"), [(False, "grows"), (True, "level")])
+VERDICTS = pytest.mark.parametrize(("mup", "verdict"), [(False, "grows"), (True, "level")])
+
+
+@pytest.mark.once
+@VERDICTS
 def test_mlp_on_digits(mup, verdict):
-    record = train("mlp", mup, WIDTHS, 15)
+    record = train("mlp", mup, [64, 256, 1024], 15, blocks=1)
     assert [part.verdict for part in seed_sets(record, 3)] == [verdict] * 5
-    assert_slopes_agree(record, mup, seeds=[0, 1, 2])
+    assert_slopes_agree(record, mup, seeds=[0, 1], blocks=1)
     assert np.all(record.loss[:, :, -1] < record.loss[:, :, 0]) or not mup
 
 
-@pytest.mark.parametrize(("mup", "verdict"), [(False, "grows"), (True, "level")])
+@pytest.mark.once
+@VERDICTS
 def test_transformer_on_bytes(mup, verdict):
     record = train("transformer", mup, [64, 256], 15, blocks=1)
     assert [part.verdict for part in seed_sets(record, 3)] == [verdict] * 5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mup", "verdict"), [(False, "grows"), (True, "level")])
+@VERDICTS
 @pytest.mark.parametrize("model", ["mlp", "transformer"])
-def test_up_to_width_1024(model, mup, verdict):
+def test_five_widths_up_to_1024(model, mup, verdict):
     sets = [range(i, i + 3) for i in range(0, 15, 3)]
     records = [train(model, mup, [64, 128, 256, 512, 1024], seeds) for seeds in sets]
     print(records[0])
     assert [record.verdict for record in records] == [verdict] * 5
     if model == "mlp":
-        print("worst difference of a slope from numpy's:", assert_slopes_agree(records[0], mup, seeds=[0, 1, 2]))
+        print("worst difference of a slope from numpy's:", assert_slopes_agree(records[0], mup, [0, 1, 2], blocks=2))
 
 
 # --------------------------------------------------------------------------------------------------------------- slopes
@@ -316,6 +329,10 @@ def test_width_table():
         "slope",
     ]
     assert [cell.strip() for cell in row if cell] == ["layer0", "0.3", "0.3", "+0.00", "1.2", "2.4", "+0.50"]
+    assert record.width_table(-2) == record.width_table(0) == record.width_table()
+    for step in (2, -3):
+        with pytest.raises(ValueError, match=f"step must be one of 0 to 1, or -1 for the last, got {step}"):
+            record.width_table(step)
 
 
 def test_to_dict_has_a_row_for_each_norm():
@@ -411,17 +428,19 @@ def test_layers_of_all_kinds():
 
 
 class LinenModel(nn.Module):
-    width: int
+    sizes: list[int]  # which has no hash
 
     @nn.compact
     def __call__(self, x):
-        x = nn.BatchNorm(use_running_average=False)(nn.Dense(self.width)(x))
+        for size in self.sizes:
+            x = nn.Dense(size)(x)
+        x = nn.BatchNorm(use_running_average=False)(x)
         return nn.Dense(1)(nn.Dropout(0.5, deterministic=False)(x))
 
 
 def test_linen():
-    record = check(lambda width, rngs: LinenModel(width), make_optimizer=lambda width: optax.sgd(0.0))
-    assert set(record.layers) >= {"Dense_0", "BatchNorm_0", "Dropout_0", "Dense_1"}
+    record = check(lambda width, rngs: LinenModel([width]), make_optimizer=lambda width: optax.sgd(0.0))
+    assert record.layers == ("Dense_0", "BatchNorm_0", "Dropout_0", "Dense_1", "LinenModel")
     assert np.all(record.change == 0)
     np.testing.assert_allclose(record.rms[..., record.layers.index("BatchNorm_0")], 1, atol=1e-2)
 
@@ -443,17 +462,41 @@ def test_trains_like_a_plain_loop():
         kernel, bias = kernel - 0.1 * X.T @ cotangent, bias - 0.1 * cotangent.sum(0)
 
 
-def test_several_arguments_and_float16():
+def test_arguments_of_all_kinds(capsys):
+    """Several of them, a flag; a method for a model, a count from numpy, an optimizer that asks for more; float16."""
+
     class Sum(nnx.Module):
         def __init__(self, width, rngs):
             self.layer = nnx.Linear(8, width, rngs=rngs, dtype=jnp.float16)
 
-        def __call__(self, x, y):
-            return 3e3 * self.layer(x + y)
+        def add(self, x, y, double):
+            return 3e3 * self.layer(x + y if double else x)
 
-    record = check(lambda width, rngs: Sum(width, rngs), batch=(X, 2 * X, X), loss=lambda y, x: 1e-4 * y.mean())
+    def update(updates, state, params, *, value, grad, value_fn):
+        right = (jnp.abs(value_fn(params) - value) <= 1e-5 * jnp.abs(value)) & (grad is updates)
+        return jax.tree.map(lambda g: jnp.where(right, -g, jnp.nan), updates), state
+
+    record = check(
+        lambda width, rngs: Sum(width, rngs).add,
+        batch=(X, 2 * X, True, X),
+        loss=lambda y, x: 1e-4 * y.mean(),
+        seeds=np.int64(2),
+        make_optimizer=lambda width: optax.GradientTransformationExtraArgs(lambda params: (), update),
+        progress=True,
+    )
+    assert record.layers == ("layer", "Sum.add")
+    assert record.seeds.tolist() == [0, 1]
     assert np.all(np.isfinite(record.rms))
-    assert np.all(record.rms[..., record.layers.index("Sum")] > 1e3)  # a sum of squares of these is not a float16
+    assert np.all(record.change[:, :, 1:] > 0)
+    assert np.all(record.rms[..., 1] > 1e3)  # a sum of squares of these is not a float16
+    assert "2/2" in capsys.readouterr().err  # the bar reached its end
+
+
+def test_no_bar(capsys, monkeypatch):
+    assert list(_coord_check._with_bar([8, 16], progress=False)) == [8, 16]
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # as if it were not installed
+    assert list(_coord_check._with_bar([8, 16], progress=True)) == [8, 16]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_only_norms_leave_the_program():
@@ -464,15 +507,6 @@ def test_only_norms_leave_the_program():
     assert max(math.prod(leaf.shape) for leaf in leaves) == 3 * 5  # three layers of a loop at five steps
 
 
-def test_the_bar(capsys, monkeypatch):
-    check(lambda width, rngs: nnx.Linear(8, width, rngs=rngs), loss=lambda y, x: y.mean(), steps=1, progress=True)
-    assert "2/2" in capsys.readouterr().err
-    assert list(_coord_check._with_bar([8, 16], progress=False)) == [8, 16]
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # as if it were not installed
-    assert list(_coord_check._with_bar([8, 16], progress=True)) == [8, 16]
-    assert capsys.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
@@ -480,13 +514,15 @@ def test_the_bar(capsys, monkeypatch):
         ({"widths": [8, 8]}, ValueError, "widths must be .* none of them twice"),
         ({"widths": [0, 8]}, ValueError, "widths must be at least 1, got 0"),
         ({"widths": [8, 16.0]}, TypeError, "widths must be integers"),
-        ({"seeds": 0}, ValueError, r"seeds must be 1 or more, .* got \[\]"),
+        ({"seeds": 0}, ValueError, "seeds must be at least 1, got 0"),
+        ({"seeds": []}, ValueError, r"seeds must be 1 or more, .* got \[\]"),
+        ({"seeds": 1.5}, TypeError, "seeds must be integers"),
         ({"seeds": [1, 1]}, ValueError, "seeds must be .* none of them twice"),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"steps": 1.5}, TypeError, "steps must be integers"),
         ({"batch": (X,)}, ValueError, r"batch must be a tuple such as \(x, labels\)"),
         ({"batch": {"x": X}}, ValueError, "batch must be a tuple"),
-        ({"make_model": lambda width, rngs: jnp.tanh}, TypeError, "coord_check: a model must be a flax.nnx module"),
+        ({"make_model": lambda width, rngs: jnp.tanh}, TypeError, "coord_check: model must be a flax.nnx module"),
     ],
 )
 def test_errors(kwargs, error, message):
@@ -517,6 +553,21 @@ def test_compare_widths_measures_models_as_they_are():
     assert np.all(np.isnan(record.loss))
 
 
+def test_a_shard_has_some_of_the_examples():
+    class Split(nnx.Module):
+        def __init__(self, width):
+            self.layer = linear(width)
+
+        def __call__(self, x):
+            mesh, rows = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), P("data")
+            return jax.shard_map(self.layer, mesh=mesh, in_specs=rows, out_specs=rows)(x)
+
+    record = compare_widths({8: Split(8), 16: Split(16)}, X)
+    assert record.layers == ("layer", "Split")
+    np.testing.assert_array_equal(record.sizes, [[8, 8], [16, 16]])
+    np.testing.assert_allclose(record.rms[..., 0], record.rms[..., 1], rtol=1e-6)
+
+
 def test_compare_widths_takes_linen_models():
     models = {}
     for width in (8, 16):
@@ -530,7 +581,7 @@ def test_compare_widths_takes_linen_models():
 @pytest.mark.parametrize(
     ("models", "error", "message"),
     [
-        (lambda: {8: nnx.relu, 16: nnx.relu}, TypeError, "compare_widths: a model must be a flax.nnx module"),
+        (lambda: {8: nnx.relu, 16: nnx.relu}, TypeError, "compare_widths: model must be a flax.nnx module"),
         (lambda: {8: linear(8)}, ValueError, "compare_widths: widths must be 2 or more"),
         (lambda: {"small": linear(8), "large": linear(8)}, TypeError, "compare_widths: widths must be integers"),
         (lambda: {8: [linear(8)], 16: [linear(16)] * 2}, ValueError, r"as many models, got \[1, 2\]"),
