@@ -1,7 +1,7 @@
 """`python -m rmsjax`: what the ruler is for, on real data.
 
-Trains a small classifier of handwritten digits at several widths, with RMSNorm in every block and gradients clipped by
-their RMS, and lays the activations of the widths side by side: the RMS norm is level where the L2 norm grows.
+Checks at several widths how the first steps of training change the activations of a small classifier of handwritten
+digits, and gives the verdict; lays RMS and L2 norms side by side; trains each width with gradients clipped by RMS.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import optax
 from flax import nnx
 
 import rmsjax
-from rmsjax._coord_check import text_table
+from rmsjax._text import text_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from jax import Array
     from jaxtyping import Float, Int
+    from matplotlib.figure import Figure
 
 BATCH = 128
-MAX_RMS = (
-    2e-3  # about twice the gradient RMS of a width of 256 in mid-training, so that only the early steps are clipped
-)
+INPUTS = 64
+RATE = 3e-3
+MAX_RMS = 2e-3
+CHECKED_STEPS, CHECKED_SEEDS = 4, 3
+DPI = 150
 
 
 class Digits(NamedTuple):
@@ -66,23 +69,54 @@ class Block(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """A residual network of two blocks."""
+    """A residual network of two blocks, with a head that starts at 0, as muP advises."""
 
     def __init__(self, width: int, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Linear(64, width, rngs=rngs)
+        self.embed = nnx.Linear(INPUTS, width, rngs=rngs)
         self.first = Block(width, rngs)
         self.second = Block(width, rngs)
         self.norm = rmsjax.nnx.RMSNorm(width, rngs=rngs)
-        self.head = nnx.Linear(width, 10, rngs=rngs)
+        self.head = nnx.Linear(width, 10, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.head(self.norm(self.second(self.first(self.embed(x)))))
 
 
-class Run(NamedTuple):
-    """A trained model and what its training showed."""
+def make_optimizer(rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    """Adam with clipped gradients, and for each kernel a rate over its fan-in.
 
-    model: Classifier
+    Adam moves every weight by its rate, and an output adds up as many of them as the fan-in: so outputs of all widths
+    move equally (Yang et al., arXiv 2203.03466, table 3).
+    """
+
+    def over_fan_in(updates: Any, params: Any) -> Any:
+        del params
+        return jax.tree.map(lambda u: u * (INPUTS / u.shape[0]) if u.ndim == 2 else u, updates)
+
+    return optax.chain(rmsjax.clip_by_rms(MAX_RMS), optax.adam(rate), optax.stateless(over_fan_in))
+
+
+def check(data: Digits, widths: Sequence[int], seed: int) -> rmsjax.WidthRecord:
+    """The coordinate check of the classifier, on one batch."""
+    return rmsjax.coord_check(
+        Classifier,
+        (data.x[:BATCH], data.y[:BATCH]),
+        widths=widths,
+        make_optimizer=lambda width: make_optimizer(RATE),
+        loss=optax.softmax_cross_entropy_with_integer_labels,
+        steps=CHECKED_STEPS,
+        seeds=range(seed, seed + CHECKED_SEEDS),
+    )
+
+
+def draw(record: rmsjax.WidthRecord) -> Figure:
+    """The picture: the changes after the first and after the last step of the check."""
+    return rmsjax.plot.coord_check(record, steps=[1, CHECKED_STEPS], title="Residual classifier of digits")
+
+
+class Run(NamedTuple):
+    """What the training of one width showed."""
+
     gradient_rms: float
     share_clipped: float
     accuracy: float
@@ -90,10 +124,7 @@ class Run(NamedTuple):
 
 def train(width: int, data: Digits, steps: int, seed: int, advance: Callable[[int], Any]) -> Run:
     """Train one width; `advance` is told of every step that is done."""
-    # Adam moves every weight by its learning rate, and a unit adds up as many of them as the width: a rate that falls
-    # like 1/width moves the activations equally at all widths.
-    schedule = optax.cosine_decay_schedule(3e-3 * 64 / width, steps)
-    tx = optax.chain(rmsjax.clip_by_rms(MAX_RMS), optax.adamw(schedule, weight_decay=1e-3))
+    tx = make_optimizer(optax.cosine_decay_schedule(RATE, steps))
     graph, params = nnx.split(Classifier(width, nnx.Rngs(seed)))
 
     def loss_fn(params: Any, x: Array, y: Array) -> Array:
@@ -116,10 +147,9 @@ def train(width: int, data: Digits, steps: int, seed: int, advance: Callable[[in
         gradient_rms.append(np.asarray(norms))
         advance(len(picks))
     params, state = carry
-    model = nnx.merge(graph, params)
-    accuracy = np.mean(np.argmax(jax.jit(model)(data.x_test), -1) == data.y_test)
+    accuracy = np.mean(np.argmax(jax.jit(nnx.merge(graph, params))(data.x_test), -1) == data.y_test)
     share = int(optax.tree.get(state, "num_clipped")) / steps
-    return Run(model, float(np.mean(np.concatenate(gradient_rms))), share, float(accuracy))
+    return Run(float(np.mean(np.concatenate(gradient_rms))), share, float(accuracy))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -138,7 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser = _Parser(prog="python -m rmsjax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=positive, nargs="+", default=[64, 128, 256, 512], help="two or more widths")
-    parser.add_argument("--steps", type=positive, default=300, help="training steps for each width")
+    parser.add_argument("--steps", type=positive, default=200, help="training steps for each width")
     parser.add_argument("--seed", type=int, default=0, help="seed of data split, initialisation and batches")
     parser.add_argument("--out", default="rmsjax.png", help="where the picture goes")
     args = parser.parse_args(argv)
@@ -152,7 +182,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, print the tables, draw the picture."""
+    """Check, train, print the tables, draw the picture."""
     args = parse(argv)
     try:
         import matplotlib as mpl
@@ -163,25 +193,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     mpl.use("Agg")
     data, widths = load_digits(args.seed), sorted(args.widths)
+
+    record = check(data, widths, args.seed)
+    print(f"\n1. Coordinate check: does the classifier learn alike at every width?\n\n{record}")
+    print("\nA slope of 0 is level: activations, and what training changes in them, are as large in a wide model as in")
+    print("a narrow one. Then a learning rate that suits a narrow model suits a wide one.")
+
+    print(f"\n2. The same activations after {record.steps} steps, by two rulers\n\n{record.width_table()}")
+    print("\nBy the RMS norm, widths compare. The L2 norm of a layer grows like the root of its width, a slope of 0.5,")
+    print("though nothing is wrong.")
+
     with tqdm(total=len(widths) * args.steps, unit="step") as bar:
-        runs: dict[int, Run] = {}
+        runs: list[Run] = []
         for width in widths:
             bar.set_description(f"width {width}")
-            runs[width] = train(width, data, args.steps, args.seed, bar.update)
-    record = rmsjax.compare_widths({width: run.model for width, run in runs.items()}, data.x_test)
-    print(f"\nRMS and L2 norm of activations after {args.steps} steps, on {len(data.x_test)} held-out digits\n")
-    print(record.width_table())
-    print("\nslope: exponent of the width. 0 is level; an L2 norm that only adds up coordinates has 0.5.\n")
-    rows = [["", *(f"width {width}" for width in widths)]]
-    for name, values in [
-        ("gradient RMS before the clip", [f"{run.gradient_rms:.2e}" for run in runs.values()]),
-        (f"steps clipped to {MAX_RMS:g}", [f"{run.share_clipped:.0%}" for run in runs.values()]),
-        ("test accuracy", [f"{run.accuracy:.1%}" for run in runs.values()]),
-    ]:
-        rows.append([name, *values])
-    print("\n".join(text_table(rows)))
-    rmsjax.plot.rms_and_l2(record).savefig(args.out, dpi=150)
-    print(f"\npicture: {args.out}")
+            runs.append(train(width, data, args.steps, args.seed, bar.update))
+    rows = [
+        ["", *(f"width {width}" for width in widths)],
+        ["test accuracy", *(f"{run.accuracy:.1%}" for run in runs)],
+        ["mean gradient RMS", *(f"{run.gradient_rms:.1e}" for run in runs)],
+        ["steps clipped", *(f"{run.share_clipped:.0%}" for run in runs)],
+    ]
+    print(f"\n3. Training: {args.steps} steps, gradients clipped to an RMS of {MAX_RMS:g}\n\n{text_table(rows)}")
+    print("\nOne learning rate serves all. How gradients scale with width is a matter of the model; Adam undoes it.")
+
+    draw(record).savefig(args.out, dpi=DPI)
+    print(f"\nPicture of the coordinate check: {args.out}")
     return 0
 
 

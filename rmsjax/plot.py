@@ -1,8 +1,9 @@
 """Pictures of records: the coordinate check, RMS over training, layer by step, RMS beside L2 over width.
 
 Draws what `coord_check`, `compare_widths` or a training loop recorded, and computes nothing. Lines differ in colour
-(Okabe and Ito's, which colour-blind people can tell apart), in marker and in dashes, so they survive a black-and-white
-print. Figures are made without pyplot, so none stays open; a notebook shows one that a cell ends with.
+(Okabe and Ito's and some of Paul Tol's, which colour-blind people can tell apart), in marker and in dashes, so they
+survive a black-and-white print. Figures are made without pyplot, so none stays open; a notebook shows one that a cell
+ends with.
 """
 
 from __future__ import annotations
@@ -26,15 +27,23 @@ if TYPE_CHECKING:
 
     from rmsjax._coord_check import WidthRecord
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#882255", "#808080", "#999933", "#332288"),
+)
 _MARKERS = "os^Dv<>PX"
 _DASHES = ((0, ()), (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _NAMES = {"rms": "RMS of the activation", "change": "RMS of the change since step 0"}
-_READABLE = 12  # steps in a heat map, above which numbers in its cells would overlap
+_READABLE = 12  # steps in a heat map, above which nobody reads the numbers in its cells
+_LONGEST = 40  # characters of a name; of longer ones the middle is left out
 
 
 def coord_check(
-    record: WidthRecord, *, quantity: Literal["rms", "change"] = "change", steps: Sequence[int] | None = None
+    record: WidthRecord,
+    *,
+    quantity: Literal["rms", "change"] = "change",
+    steps: Sequence[int] | None = None,
+    title: str | None = None,
 ) -> Figure:
     """The coordinate check: a panel for each step, RMS against width, a line for each layer.
 
@@ -45,36 +54,42 @@ def coord_check(
         record: what `rmsjax.coord_check` returned.
         quantity: "change", the RMS of the change since step 0, or "rms", that of the activation.
         steps: the steps to show; by default all (of the change, which is 0 at step 0, those after it).
+        title: what was checked, such as the parametrisation; it comes before the verdict.
 
     Returns:
-        The figure.
+        The figure; `.savefig("check.png")` keeps it, and a notebook shows it.
 
     Raises:
         ValueError: a step that was not recorded, or no step to show.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import numpy as np
         >>> import rmsjax
-        >>> record = rmsjax.WidthRecord.load("check.npz")  # doctest: +SKIP
-        >>> rmsjax.plot.coord_check(record).savefig("check.png")  # doctest: +SKIP
+        >>> widths, ones = np.array([64, 256]), np.ones((2, 1, 3, 1))  # two widths, one seed, three steps, one layer
+        >>> change = ones * np.sqrt(widths)[:, None, None, None] * np.arange(3)[:, None]
+        >>> record = rmsjax.WidthRecord(
+        ...     ("dense",), widths, np.array([0]), rms=ones, change=change, sizes=widths[:, None], loss=ones[..., 0])
+        >>> figure = rmsjax.plot.coord_check(record, title="A layer that changes like the root of the width")
+        >>> print(figure.get_suptitle())
+        A layer that changes like the root of the width, verdict: grows
 
     Source: Yang et al. (arXiv 2203.03466), appendix D.1.
     """
     shown = list(range(0 if quantity == "rms" else 1, record.steps + 1)) if steps is None else list(steps)
     if not shown or not all(0 <= step <= record.steps for step in shown):
         raise ValueError(f"plot.coord_check: steps must be some of 0 to {record.steps}, got {shown}")
-    means, slopes = record.over_seeds(quantity), record.slopes(quantity)
-    lines, at = _distinct(record.layers, np.moveaxis(means, -1, 0)), shown[-1]
-    ends = [(slopes.mean[at, k], slopes.high[at, k]) for k in lines.values()]
-    labels = _columns(lines, [f"{mean:+z.2f} ±{high - mean:.2f}" for mean, high in ends])
-    figure, panels = _panels(len(shown), labels)
-    chosen = means[:, :, list(lines.values())]
+    means, slopes, at = record.over_seeds(quantity), record.slopes(quantity), shown[-1]
+    names, chosen = _distinct(record.layers, np.moveaxis(means, -1, 0))
+    labels = _columns(
+        names, [f"{slopes.mean[at, k]:+z.2f} ±{slopes.high[at, k] - slopes.mean[at, k]:.2f}" for k in chosen]
+    )
+    figure, panels = _panels(len(shown), labels, f"{f'{title}, ' if title else ''}verdict: {record.verdict}")
     drawn = [
-        _over_width(panel, record, chosen[:, step], f"step {step}") for panel, step in zip(panels, shown, strict=True)
+        _over_width(panel, record, means[:, step, chosen], f"step {step}")
+        for panel, step in zip(panels, shown, strict=True)
     ]
     _widen(panels[0])
     figure.supylabel(_NAMES[quantity])
-    figure.suptitle(f"verdict: {record.verdict}")
     _legend_beside(figure, drawn[0], labels, f"slope at step {at}")
     return figure
 
@@ -104,23 +119,29 @@ def over_training(
     Example:
         >>> import rmsjax
         >>> history = {"embed": [1.0, 1.1, 1.2], "output": [0.1, 0.4, 0.9]}
-        >>> rmsjax.plot.over_training(history).savefig("training.png")  # doctest: +SKIP
+        >>> figure = rmsjax.plot.over_training(history, steps=[0, 100, 200])
+        >>> print([line.get_ydata().tolist() for line in figure.axes[0].get_lines()])
+        [[1.0, 1.1, 1.2], [0.1, 0.4, 0.9]]
+
+    Source: the colours are those of Okabe and Ito, Color Universal Design (2008), and of Tol, Colour Schemes (SRON
+        technical note EPS/TN/09-002).
     """
     taken, values = _checked("plot.over_training", history, steps)
-    lines = _distinct(list(history), values)
-    figure, ax, own = _axes(ax, list(lines))
+    names, chosen = _distinct(list(history), values)
+    size = 5 + _legend_width(names), max(3.4, 0.26 * len(names) + 1)
+    figure, ax, own = _axes(ax, size)
     drawn = [
         ax.plot(taken, values[k], **style, markevery=max(1, len(taken) // 12))[0]
-        for style, k in zip(_styles(), lines.values(), strict=False)
+        for style, k in zip(_styles(), chosen, strict=False)
     ]
     _log_scale(ax, values)
     ax.set_xlabel("step")
     ax.set_ylabel(ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if own is not None:
-        _legend_beside(own, drawn, list(lines))
+        _legend_beside(own, drawn, names)
     else:
-        ax.legend(drawn, list(lines), fontsize="small")
+        ax.legend(drawn, names, fontsize="small")
     return figure
 
 
@@ -132,6 +153,8 @@ def layer_by_step(
     ax: Axes | None = None,
 ) -> Figure | SubFigure:
     """A heat map of norms, layer by step, in a logarithmic scale; grey where there is no positive number.
+
+    The numbers are in the cells, if there are not too many to read.
 
     Args:
         history: as in `over_training`.
@@ -148,63 +171,108 @@ def layer_by_step(
     Example:
         >>> import rmsjax
         >>> history = {"embed": [1.0, 1.1, 1.2], "output": [0.1, 0.4, 0.9]}
-        >>> rmsjax.plot.layer_by_step(history).savefig("layers.png")  # doctest: +SKIP
+        >>> figure = rmsjax.plot.layer_by_step(history)
+        >>> print([text.get_text() for text in figure.axes[0].texts])
+        ['1', '1.1', '1.2', '0.1', '0.4', '0.9']
+
+    Source: the colours, which grow lighter as the norm grows, for colour-blind people too: cividis, of Nuñez, Anderton
+        and Renslow (PLOS ONE 13(7): e0199239).
     """
     taken, values = _checked("plot.layer_by_step", history, steps)
-    figure, ax, _ = _axes(ax, [""] * len(values))
+    names = [_shortened(layer) for layer in history]
+    columns = min(len(taken), _READABLE)
+    size = 0.09 * max(map(len, names)) + max(4.0, 0.65 * columns) + 1, max(3.4, 0.26 * len(names) + 1)
+    figure, ax, _ = _axes(ax, size)
     positive = np.isfinite(values) & (values > 0)
-    norm = LogNorm() if positive.any() else Normalize()
+    shown = np.ma.array(values, mask=~positive)
     image = ax.imshow(
-        np.ma.array(values, mask=~positive),
-        norm=norm,
+        shown,
+        norm=LogNorm() if positive.any() else Normalize(),
         cmap=colormaps["cividis"].with_extremes(bad="0.85"),
         aspect="auto",
         interpolation="nearest",
     )
-    ax.set_yticks(range(len(values)), list(history))
+    ax.set_yticks(range(len(values)), names)
     ax.set_xlabel("step")
-    ticks = MaxNLocator(integer=True, nbins=_READABLE).tick_values(0, len(taken) - 1)
-    columns = [int(t) for t in ticks if t.is_integer() and 0 <= t < len(taken)]
-    ax.set_xticks(columns, [f"{taken[c]}" for c in columns])
     bar = figure.colorbar(image, ax=ax, label=label)
     if positive.any():
         bar.ax.yaxis.set_minor_formatter(_minor_formatter())
+    figure.canvas.figure.draw_without_rendering()  # so that the axes have their size
+    _label_steps(ax, taken)
     if len(taken) <= _READABLE:
-        for row, column in itertools.product(*map(range, values.shape)):
-            shade = float(norm(values[row, column])) if positive[row, column] else 1.0
-            ink = "white" if shade < 0.5 else "black"
-            ax.text(column, row, f"{values[row, column]:.2g}", ha="center", va="center", color=ink, fontsize="small")
+        lightness = image.to_rgba(shown)[..., :3] @ [0.2126, 0.7152, 0.0722]
+        _write_numbers(ax, values, np.where(lightness < 0.5, "white", "black"))
     return figure
 
 
-def rms_and_l2(record: WidthRecord, *, step: int = -1) -> Figure:
+def _label_steps(ax: Axes, taken: Sequence[int]) -> None:
+    """As many labels as there is room for."""
+    inches = ax.bbox.width / ax.figure.dpi
+    room = int(inches / (0.12 + 0.09 * max(len(f"{step}") for step in taken)))
+    ticks = MaxNLocator(integer=True, nbins=max(1, min(_READABLE, room))).tick_values(0, len(taken) - 1)
+    columns = [int(t) for t in ticks if t.is_integer() and 0 <= t < len(taken)]
+    ax.set_xticks(columns, [f"{taken[c]}" for c in columns])
+
+
+def _write_numbers(ax: Axes, values: np.ndarray, inks: np.ndarray) -> None:
+    """A number in each cell, if all of them fit."""
+    rows, columns = values.shape
+    texts = [
+        ax.text(column, row, f"{values[row, column]:.2g}", ha="center", va="center", color=ink, fontsize="small")
+        for (row, column), ink in np.ndenumerate(inks)
+    ]
+    boxes = [text.get_window_extent() for text in texts]
+    width, height = (max(sizes) for sizes in zip(*((box.width, box.height) for box in boxes), strict=True))
+    if width > 0.9 * ax.bbox.width / columns or height > ax.bbox.height / rows:
+        for text in texts:
+            text.remove()
+
+
+def rms_and_l2(record: WidthRecord, *, step: int = -1, title: str | None = None) -> Figure:
     """RMS norms over width beside L2 norms over width, in one scale: the first compare across widths.
 
     Args:
         record: what `rmsjax.compare_widths` or `rmsjax.coord_check` returned.
         step: the step to show; by default the last.
+        title: what was measured, such as the parametrisation.
 
     Returns:
         The figure; the grey line in the right panel grows as the root of the width.
 
+    Raises:
+        ValueError: a step that was not recorded.
+
     Example:
+        >>> import numpy as np
         >>> import rmsjax
-        >>> record = rmsjax.WidthRecord.load("check.npz")  # doctest: +SKIP
-        >>> rmsjax.plot.rms_and_l2(record).savefig("widths.png")  # doctest: +SKIP
+        >>> widths, rms = np.array([64, 256]), np.ones((2, 1, 1, 1))  # one seed, one step, one layer
+        >>> record = rmsjax.WidthRecord(
+        ...     ("dense",), widths, np.array([0]), rms=rms, change=0 * rms, sizes=widths[:, None], loss=rms[..., 0])
+        >>> figure = rmsjax.plot.rms_and_l2(record)
+        >>> print([ax.get_lines()[0].get_ydata().tolist() for ax in figure.axes])
+        [[1.0, 1.0], [8.0, 16.0]]
+
+    Source: Yang, Simon, Bernstein (arXiv 2310.17813), desideratum 1: features of width n with an L2 norm of order √n.
     """
+    if not -record.rms.shape[2] <= step <= record.steps:
+        raise ValueError(f"plot.rms_and_l2: step must be one of 0 to {record.steps}, or -1 for the last, got {step}")
     means = [record.over_seeds(quantity)[:, step] for quantity in ("rms", "l2")]
     slopes = [record.slopes(quantity).mean[step] for quantity in ("rms", "l2")]
-    lines = _distinct(record.layers, np.stack(means).transpose(2, 0, 1))
-    labels = _columns(lines, [f"{slopes[0][k]:+z.2f}  {slopes[1][k]:+z.2f}" for k in lines.values()])
-    figure, panels = _panels(2, labels)
+    names, chosen = _distinct(record.layers, np.stack(means).transpose(2, 0, 1))
+    labels = _columns(names, [f"{slopes[0][k]:+z.2f}  {slopes[1][k]:+z.2f}" for k in chosen])
+    figure, panels = _panels(2, labels, title)
     drawn = [
-        _over_width(panel, record, values[:, list(lines.values())], title)
-        for panel, values, title in zip(panels, means, ("RMS norm", "L2 norm for one example"), strict=True)
+        _over_width(panel, record, values[:, chosen], name)
+        for panel, values, name in zip(panels, means, ("RMS norm", "L2 norm per example"), strict=True)
     ]
     _widen(panels[0])
-    bottom, x = panels[0].get_ylim()[0], record.widths
-    guide = panels[1].plot(x, 2 * bottom * np.sqrt(x / x[0]), color="0.75", linewidth=5, zorder=0)
-    _legend_beside(figure, [*drawn[0], *guide], [*labels, "as the root of the width"], "slopes: RMS, L2")
+    figure.supylabel(f"norm at step {range(record.steps + 1)[step]}" if record.steps else "norm")
+    lines = drawn[0]
+    if panels[0].get_yscale() == "log":
+        bottom, x = panels[0].get_ylim()[0], record.widths
+        lines += panels[1].plot(x, 2 * bottom * np.sqrt(x / x[0]), color="0.75", linewidth=5, zorder=0)
+        labels.append("as the root of the width")
+    _legend_beside(figure, lines, labels, "slopes: RMS, L2")
     return figure
 
 
@@ -213,6 +281,9 @@ def rms_and_l2(record: WidthRecord, *, step: int = -1) -> Figure:
 
 class _Figure(Figure):
     """A figure that a notebook shows; one that pyplot did not make it shows only if pyplot has made another."""
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(type(self).__name__, Figure.__name__)
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
@@ -226,26 +297,35 @@ def _styles() -> Any:
     return ({"color": c, "marker": m, "linestyle": d, "markersize": 5, "linewidth": 1.6} for c, m, d in looks)
 
 
-def _distinct(layers: Sequence[str], values: np.ndarray) -> dict[str, int]:
-    """The lines to draw, as positions among the layers, by label: the layers that coincide share one.
+def _distinct(layers: Sequence[str], values: np.ndarray) -> tuple[list[str], list[int]]:
+    """The lines to draw, as labels and positions among the layers: the layers that coincide share one.
 
     A module's output is often that of its last child.
     """
-    names: dict[bytes, list[str]] = {}
-    positions: dict[bytes, int] = {}
-    for k, layer in enumerate(layers):
-        key = values[k].tobytes()
-        names.setdefault(key, []).append(layer)
-        positions.setdefault(key, k)
-    return {" = ".join(names[key]): k for key, k in positions.items()}
+    groups: dict[bytes, list[int]] = {}
+    for k, row in enumerate(values):
+        groups.setdefault(row.tobytes(), []).append(k)
+    labels = [_joined([_shortened(layers[k]) for k in group]) for group in groups.values()]
+    return labels, [group[0] for group in groups.values()]
 
 
-def _panels(count: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """A figure with panels that share both axes, and room for a legend with these labels."""
+def _joined(names: Sequence[str]) -> str:
+    return " = ".join(names) if len(names) < 3 else f"{names[0]} = ... = {names[-1]} ({len(names)} layers)"
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 3]}...{name[3 + _LONGEST // 3 - _LONGEST :]}"
+
+
+def _panels(count: int, labels: Sequence[str], title: str | None) -> tuple[Figure, list[Axes]]:
+    """A figure with panels that share both axes, a title above them, and room for a legend with these labels."""
     columns = min(count, 4)
     rows = -(-count // columns)
-    size = 2.4 * columns + _legend_width(labels), max(2.8 * rows + 0.6, 0.22 * len(labels) + 1)
+    width = max(2.4 * columns, 0.105 * len(title or ""))
+    size = width + _legend_width(labels), max(2.8 * rows + 0.6, 0.24 * len(labels) + 1)
     figure = _Figure(figsize=size, layout="constrained")
+    if title is not None:
+        figure.suptitle(title, x=0.02, ha="left")  # not over the legend
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for above, unused in zip(panels[count - columns :], panels[count:], strict=False):
         unused.remove()
@@ -255,17 +335,18 @@ def _panels(count: int, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
     return figure, list(panels[:count])
 
 
-def _axes(ax: Axes | None, labels: Sequence[str]) -> tuple[Figure | SubFigure, Axes, Figure | None]:
-    """The figure, the axes, and the figure once more if it is new: then with room for these labels."""
+def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure | SubFigure, Axes, Figure | None]:
+    """The figure, the axes, and the figure once more if it is new: then of this size."""
     if ax is not None:
         return ax.figure, ax, None
-    figure = _Figure(figsize=(5 + _legend_width(labels), max(3.4, 0.26 * len(labels) + 1)), layout="constrained")
+    figure = _Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(), figure
 
 
 def _over_width(ax: Axes, record: WidthRecord, values: np.ndarray, title: str) -> list[Line2D]:
     drawn = [ax.plot(record.widths, line, **style)[0] for style, line in zip(_styles(), values.T, strict=False)]
     ax.set_xscale("log", base=2)
+    ax.set_xlim(record.widths[0] / 1.3, record.widths[-1] * 1.3)
     _log_scale(ax, values)
     ax.set_xticks(record.widths, [str(w) for w in record.widths], rotation=45 if len(record.widths) > 4 else 0)
     ax.xaxis.set_minor_locator(NullLocator())
@@ -301,11 +382,11 @@ def _columns(names: Iterable[str], values: Sequence[str]) -> list[str]:
 
 def _legend_width(labels: Sequence[str]) -> float:
     """In inches, in the font of the legend."""
-    return 0.068 * max(map(len, labels)) + 0.9
+    return 0.0765 * max(map(len, labels)) + 1
 
 
 def _legend_beside(figure: Figure, lines: Sequence[Line2D], labels: Sequence[str], title: str | None = None) -> None:
-    font = {"family": "monospace", "size": 8}
+    font = {"family": "monospace", "size": 9}
     figure.legend(lines, labels, loc="outside right upper", title=title, prop=font, handlelength=4)
 
 

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 import rmsjax
 from rmsjax import __main__ as main_job
@@ -68,16 +70,43 @@ def test_readme_names_exist():
     assert [name for name in names if not any(hasattr(home, name) for home in homes) and name != "help"] == []
 
 
+@pytest.fixture
+def as_for_a_user():
+    """Standard promotion, as in a user's program; and XLA need not work hard on programs that run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("as_for_a_user")
 def test_main_job(tmp_path, capsys):
     picture = tmp_path / "picture.png"
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # it runs as a user's program
-        assert main_job.main(["--widths", "8", "16", "--steps", "25", "--out", str(picture)]) == 0
+    assert main_job.main(["--widths", "8", "16", "--steps", "25", "--out", str(picture)]) == 0
     out, err = capsys.readouterr()
-    assert "RMS 8" in out
-    assert "L2 16" in out
-    assert re.search(r"test accuracy\s+\d+\.\d%\s+\d+\.\d%", out)
+    check, rulers, training = re.split(r"^\d\. ", out, flags=re.M)[1:]
+    assert re.search(r"^second/down( +[+-]\d\.\d\d ±\d+\.\d\d){3} +(level|grows|shrinks)", check, re.M)
+    assert re.search(r"^verdict: ", check, re.M)
+    assert re.search(r"^layer +RMS 8 +RMS 16 +slope +L2 8 +L2 16 +slope$", rulers, re.M)
+    assert re.search(r"^ +width 8 +width 16$", training, re.M)
+    assert re.search(r"^test accuracy +\d+\.\d% +\d+\.\d%$", training, re.M)
+    assert re.search(r"^mean gradient RMS( +\d\.\de[+-]\d\d){2}$", training, re.M)
+    assert re.search(r"^steps clipped( +\d+%){2}$", training, re.M)
     assert "50/50" in err  # the bar reached its end
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("as_for_a_user")
+def test_the_picture_of_the_readme_is_that_of_the_main_job(tmp_path):
+    """And it shows what the README and the main job say: all is level."""
+    from tests.test_notebooks import assert_same_picture
+
+    record = main_job.check(main_job.load_digits(0), main_job.parse([]).widths, 0)
+    assert (record.verdict, record.doubtful) == ("level", ())
+    assert np.abs(record.slopes("change").mean[-1]).max() < 0.1
+    main_job.draw(record).savefig(tmp_path / "fresh.png", dpi=main_job.DPI)
+    assert_same_picture(*(imread(path)[..., :3] for path in (ROOT / "notebooks/rmsjax.png", tmp_path / "fresh.png")))
 
 
 @pytest.mark.parametrize(

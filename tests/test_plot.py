@@ -1,6 +1,7 @@
 """The pictures, rendered and looked at as far as a program can: ink, texts, nothing clipped, nothing overlapping."""
 
 import itertools
+import re
 import subprocess
 import sys
 from unittest import mock
@@ -11,8 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from rmsjax import WidthRecord, plot
+
+pytestmark = pytest.mark.once  # matplotlib is the same everywhere, and the examples run everywhere
 
 LAYERS = ("embed", "block0/up", "block0/down", "block1/up", "block1/down", "norm", "readout")
 BLOCKS = tuple(
@@ -49,10 +53,14 @@ def render(figure):
     return np.asarray(canvas.buffer_rgba())[..., :3] / 255, drawn
 
 
-def assert_readable(figure):
-    """Ink in every panel, all texts within the picture, none on another, none of the legend over a panel."""
+def assert_readable(figure, lines=0):
+    """Ink in every panel, a size that fits a page; texts within the picture, none on another, the legend on nothing.
+
+    Of the first panel so many lines show in the pixels, all different. Returns the texts.
+    """
     pixels, texts = render(figure)
     height, width, _ = pixels.shape
+    assert width < 16 * figure.dpi
     for ax in figure.axes:
         x0, y0, x1, y1 = (round(v) for v in ax.bbox.extents)
         inside = pixels[height - y1 : height - y0, x0:x1]
@@ -63,23 +71,28 @@ def assert_readable(figure):
         assert box.y0 >= 0, text
         assert box.x1 <= width, text
         assert box.y1 <= height, text
-    upright = {text: box for text, box in texts.items() if text.get_rotation() % 90 == 0}
+    upright = {text: apart(box) for text, box in texts.items() if text.get_rotation() % 90 == 0}
     for (a, one), (b, other) in itertools.combinations(upright.items(), 2):
-        assert not one.padded(-1).overlaps(other.padded(-1)), (a, b)
+        assert not one.overlaps(other), (a, b)
     for legend in figure.legends:
-        for ax in figure.axes:
-            assert not legend.get_window_extent().overlaps(ax.bbox)
+        box, own = legend.get_window_extent(), {*legend.get_texts(), legend.get_title()}
+        assert not any(box.overlaps(ax.bbox) for ax in figure.axes)
+        assert not [text for text in texts if text not in own and box.overlaps(texts[text])]
+    assert_distinct(figure.axes[0].get_lines()[:lines], pixels)
     return {text.get_text() for text in texts}
 
 
-def assert_distinct(ax, count):
+def apart(box):
+    """The space that a text needs: in a line of text, some more than it takes up."""
+    return Bbox.from_extents(box.x0 - 1.5, box.y0 + 1, box.x1 + 1.5, box.y1 - 1)
+
+
+def assert_distinct(lines, pixels):
     """Each line shows in the pixels, none looks like another, and in print neighbours differ in marker and dashes."""
-    lines = ax.get_lines()[:count]
     looks = [(line.get_color(), line.get_marker(), line._unscaled_dash_pattern) for line in lines]
-    assert len({str(look) for look in looks}) == count
+    assert len({str(look) for look in looks}) == len(lines)
     for one, other in itertools.pairwise(looks):
         assert all(a != b for a, b in zip(one, other, strict=True))
-    pixels, _ = render(ax.figure)
     for line in lines:
         assert np.any(np.all(np.abs(pixels - to_rgb(line.get_color())) < 0.02, -1)), line
 
@@ -87,13 +100,18 @@ def assert_distinct(ax, count):
 # --------------------------------------------------------------------------------------------------------- coord_check
 
 
+LONG = (
+    "model/decoder/layers/attention/query/projection/kernel",
+    "model/decoder/layers/attention/key/projection/kernel",
+)
+
+
 @pytest.mark.parametrize(
     "given",
     [
-        {},
         {"widths": (64, 512), "steps": 1, "layers": ("only",)},
-        {"steps": 6, "layers": BLOCKS},
-        {"steps": 9, "widths": (8, 16, 32, 64, 128, 256, 512, 1024)},
+        {"steps": 2, "layers": LONG},
+        {"steps": 5, "layers": BLOCKS[:13], "widths": (8, 16, 32, 64, 128, 256, 512, 1024)},
     ],
 )
 def test_coord_check(given):
@@ -101,23 +119,25 @@ def test_coord_check(given):
     figure = plot.coord_check(drawn)
     assert type(figure).__mro__[1] is Figure
     assert len(figure.axes) == drawn.steps
-    words = assert_readable(figure)
+    words = assert_readable(figure, len(drawn.layers))
     assert {f"step {step}" for step in range(1, drawn.steps + 1)} <= words
     assert {str(w) for w in drawn.widths} <= words
     assert {"width", "RMS of the change since step 0", f"verdict: {drawn.verdict}"} <= words
     mean, _, high = (values[-1] for values in drawn.slopes("change"))
     for layer, m, h in zip(drawn.layers, mean, high, strict=True):
-        assert any(word.split() == [layer, f"{m:+z.2f}", f"±{h - m:.2f}"] for word in words)
-    assert_distinct(figure.axes[0], len(drawn.layers))
+        name = layer if len(layer) <= 40 else f"{layer[:13]}...{layer[-24:]}"
+        assert any(word.split() == [name, f"{m:+z.2f}", f"±{h - m:.2f}"] for word in words)
     for line, values in zip(figure.axes[-1].get_lines(), drawn.over_seeds("change")[:, -1].T, strict=True):
         np.testing.assert_array_equal(line.get_xdata(), drawn.widths)
         np.testing.assert_array_equal(line.get_ydata(), values)
 
 
-def test_coord_check_of_the_activations_themselves():
-    figure = plot.coord_check(record(), quantity="rms", steps=[0, 4])
+def test_steps_and_title_of_a_coord_check():
+    words = assert_readable(plot.coord_check(record(), steps=[4], title="Standard parametrisation"))
+    assert {"step 4", "Standard parametrisation, verdict: grows"} <= words
+    figure = plot.coord_check(record(steps=1), quantity="rms")
     words = assert_readable(figure)
-    assert {"step 0", "step 4", "RMS of the activation", "slope at step 4"} <= words
+    assert {"step 0", "step 1", "RMS of the activation", "slope at step 1"} <= words
     bottom, top = figure.axes[0].get_ylim()
     assert top / bottom >= 100 * (1 - 1e-9)  # or noise would look like a slope
 
@@ -125,13 +145,15 @@ def test_coord_check_of_the_activations_themselves():
 def test_layers_that_coincide_share_a_line():
     drawn = record()
     drawn.change[..., 2] = drawn.change[..., 1]
-    figure = plot.coord_check(drawn)
-    assert any(word.startswith("block0/up = block0/down ") for word in assert_readable(figure))
-    assert len(figure.axes[0].get_lines()) == len(LAYERS) - 1
+    drawn.change[..., 3:] = 0
+    figure = plot.coord_check(drawn, steps=[4])
+    words = {word.rsplit("  ", 1)[0].strip() for word in assert_readable(figure)}
+    assert {"embed", "block0/up = block0/down", "block1/up = ... = readout (4 layers)"} <= words
+    assert len(figure.axes[0].get_lines()) == 3
 
 
 def test_what_never_changes_or_is_not_finite_leaves_the_rest():
-    drawn = record()
+    drawn = record(steps=1)
     drawn.change[..., 1] = 0
     drawn.change[-1, ..., 2] = np.inf
     drawn.rms[-1, ..., 2] = np.inf
@@ -147,34 +169,56 @@ def test_coord_check_errors(steps):
 # ----------------------------------------------------------------------------------------------- training and heat map
 
 
-@pytest.mark.parametrize("given", [{}, {"steps": 400}, {"layers": BLOCKS}, {"steps": 1, "layers": ("only",)}])
+KINDS = pytest.mark.parametrize("given", [{"steps": 400, "layers": BLOCKS}, {"steps": 1, "layers": ("only",)}])
+
+
+@KINDS
 def test_over_training(given):
     values = history(**given)
     figure = plot.over_training(values, ylabel="RMS of updates")
-    assert {"step", "RMS of updates", *values} <= assert_readable(figure)
-    assert_distinct(figure.axes[0], len(values))
+    assert {"step", "RMS of updates", *values} <= assert_readable(figure, len(values))
     for line, row in zip(figure.axes[0].get_lines(), values.values(), strict=True):
         np.testing.assert_array_equal(line.get_ydata(), row)
 
 
-@pytest.mark.parametrize("given", [{}, {"steps": 400}, {"layers": BLOCKS}, {"steps": 1, "layers": ("only",)}])
+@KINDS
 def test_layer_by_step(given):
     values = history(**given)
     figure = plot.layer_by_step(values, label="RMS of updates")
     words = assert_readable(figure)
     assert {"step", "RMS of updates", *values} <= words
-    few = given.get("steps", 5) < 100
+    few = given["steps"] == 1
     assert (f"{values[next(iter(values))][0]:.2g}" in words) == few
     np.testing.assert_array_equal(figure.axes[0].get_images()[0].get_array(), np.stack(list(values.values())))
 
 
+def test_numbers_of_a_heat_map_are_there_if_they_fit():
+    """Whatever their length, in a figure of its own; not in a small one of the caller, nor if there are too many."""
+    values = {name: np.geomspace(1.2e-5, 1.2e-3, 12) for name in LAYERS}
+    assert {f"{value:.2g}" for value in values["embed"]} <= assert_readable(plot.layer_by_step(values))
+    small = Figure(figsize=(6, 4), layout="constrained")
+    plot.layer_by_step(values, ax=small.subplots())
+    assert "1.2e-05" not in assert_readable(small)
+    assert not plot.layer_by_step({"one": np.geomspace(1, 2, 13)}).axes[0].texts
+
+
+def test_long_names_and_many_steps():
+    """Names are shortened in the middle, and steps have as many labels as there is room for."""
+    steps = range(0, 200_000, 1000)
+    for name in ("decoder/layers/attention/xy", "x" * 60 + "y" * 60):
+        words = assert_readable(plot.layer_by_step({name: np.ones(200)}, steps=steps))
+        assert len(words & set(map(str, steps))) > 3
+        assert name in words or "xxxxxxxxxxxxx...yyyyyyyyyyyyyyyyyyyyyyyy" in words
+    words = assert_readable(plot.over_training({"x" * 60 + "y" * 60: [1, 2], "x" * 70 + "y" * 50: [2, 3]}))
+    assert "xxxxxxxxxxxxx...yyyyyyyyyyyyyyyyyyyyyyyy" in words
+
+
 def test_numbers_of_a_heat_map_stand_out_from_their_cells():
-    values = {f"layer{i}": np.geomspace(1e-3, 1e3, 7) for i in range(3)}
-    figure = plot.layer_by_step(values)
-    image = figure.axes[0].get_images()[0]
-    render(figure)
-    for text in figure.axes[0].texts:
-        cell = image.cmap(image.norm(values["layer0"][int(text.get_position()[0])]))[:3]
+    ax = plot.layer_by_step({"one": np.geomspace(1e-3, 1e3, 7)}).axes[0]
+    (image,) = ax.get_images()
+    assert len(ax.texts) == 7
+    for text, value in zip(ax.texts, image.get_array()[0], strict=True):
+        cell = image.cmap(image.norm(value))[:3]
         assert abs(_lightness(cell) - _lightness(to_rgb(text.get_color()))) > 0.35
 
 
@@ -183,7 +227,7 @@ def _lightness(colour):
 
 
 def test_steps_are_those_given():
-    values, steps = history(steps=4), [0, 100, 200, 300]
+    values, steps = history(("only",), steps=4), [0, 100, 200, 300]
     assert set(map(str, steps)) <= assert_readable(plot.layer_by_step(values, steps=steps))
     for line in plot.over_training(values, steps=steps).axes[0].get_lines():
         assert list(line.get_xdata()) == steps
@@ -229,12 +273,13 @@ def test_history_errors(draw, values, steps, message):
 # ---------------------------------------------------------------------------------------------------------- rms_and_l2
 
 
-@pytest.mark.parametrize("given", [{}, {"layers": BLOCKS}, {"widths": (64, 512), "layers": ("only",)}])
+@pytest.mark.parametrize("given", [{"layers": BLOCKS[:13]}, {"widths": (64, 512), "layers": ("only",), "steps": 0}])
 def test_rms_and_l2(given):
     drawn = record(**given)
-    figure = plot.rms_and_l2(drawn)
-    words = assert_readable(figure)
-    assert {"RMS norm", "L2 norm for one example", "slopes: RMS, L2", "as the root of the width", "width"} <= words
+    figure = plot.rms_and_l2(drawn, title="Some model")
+    words = assert_readable(figure, len(drawn.layers))
+    assert {"RMS norm", "L2 norm per example", "slopes: RMS, L2", "as the root of the width", "width"} <= words
+    assert {"Some model", "norm at step 4" if drawn.steps else "norm"} <= words
     left, right = figure.axes
     assert left.get_ylim() == right.get_ylim()
     for ax, quantity in ((left, "rms"), (right, "l2")):
@@ -244,11 +289,27 @@ def test_rms_and_l2(given):
     assert np.log(guide[-1] / guide[0]) / np.log(drawn.widths[-1] / drawn.widths[0]) == pytest.approx(0.5)
 
 
+def test_rms_and_l2_of_nothing_finite():
+    drawn = record(steps=0)
+    drawn.rms[:] = np.nan
+    figure = plot.rms_and_l2(drawn)
+    assert "as the root of the width" not in assert_readable(figure)
+    assert not any(np.isfinite(line.get_ydata()).any() for ax in figure.axes for line in ax.get_lines())
+
+
+def test_step_of_rms_and_l2():
+    assert plot.rms_and_l2(record(), step=-2).get_supylabel() == "norm at step 3"
+    with pytest.raises(ValueError, match=r"plot\.rms_and_l2: step must be one of 0 to 4, or -1 for the last, got 7"):
+        plot.rms_and_l2(record(), step=7)
+
+
 # ----------------------------------------------------------------------------------------------------------- the figure
 
 
 def test_a_notebook_shows_the_figure():
-    assert plot.rms_and_l2(record())._repr_png_().startswith(b"\x89PNG")
+    figure = plot.over_training({"a": [1.0, 2.0]})
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert re.fullmatch(r"<Figure size \S+ with 1 Axes>", repr(figure))  # beside the picture in a stored notebook
 
 
 def test_pyplot_is_not_needed():
