@@ -46,9 +46,10 @@ def rms_operator_norm(
     a singular value is within tolerance/2 of the result, relatively, and as a rule within tolerance². The start is
     fixed. An early end would give too small a norm, never one that is too large.
 
-    Right for every finite kernel, also where its squares overflow or underflow. Zero has the norm 0 and there the
-    derivative 0. The derivative is that along the vector that was found, whose error is the tolerance over the relative
-    gap between the squares of the two largest singular values; if these are equal, it is one of several.
+    Right for every finite kernel, also where its squares overflow or underflow; of a kernel with inf or NaN the norm is
+    NaN. Zero has the norm 0 and there the derivative 0. The derivative is that along the vector that was found, whose
+    error is the tolerance over the relative gap between the squares of the two largest singular values; if these are
+    equal, it is one of several.
 
     Args:
         kernel: floats or complex numbers, `[..., in, out]`; other axes than in and out are a batch, such as the layers
@@ -56,7 +57,8 @@ def rms_operator_norm(
         in_axis: the axis or axes of the kernel that are multiplied by the input.
         out_axis: those that make up the output.
         exact: take all eigenvalues of the smaller of WWᴴ and WᴴW instead: slower for large kernels, without an error
-            of iteration, and differentiable more than once.
+            of iteration, and differentiable more than once, but where the largest singular value repeats, as in the
+            identity and in zero: there second derivatives are NaN.
         tolerance: of the iteration, see above. It ends after 100 steps at the latest.
 
     Returns:
@@ -93,6 +95,9 @@ def rms_operator_norm_by_path(
     tolerance: float = 1e-5,
 ) -> dict[str, Real[Array, "..."]]:
     """The RMS operator norm of each kernel of a tree by its path: the size of each layer's weights, or of an update.
+
+    All norms of a call are found together, in temporary memory for two copies of the kernels, in float32 at least.
+    Where that is too much, select some of them at a time.
 
     Args:
         tree: any pytree of arrays: parameters, gradients, an `nnx.State`.

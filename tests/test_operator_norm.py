@@ -15,6 +15,14 @@ RNG = np.random.default_rng(0)
 SHAPE = (24, 16)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Programs here run once, so XLA need not work hard on them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def oracle(kernel):
     """In float64, after a rescale by the largest element."""
     kernel = np.asarray(kernel)
@@ -65,12 +73,6 @@ def test_the_norm_is_that_of_numpy(exact):
     np.testing.assert_allclose(found, [oracle(kernel) for kernel in KERNELS], rtol=2e-6)
 
 
-def test_shapes_with_fewer_inputs_than_vectors():
-    found = jax.jit(rms_operator_norm_by_path)({"in": KERNELS[0][:1], "out": KERNELS[0][:7, :1]})
-    assert float(found["in"]) == pytest.approx(oracle(KERNELS[0][:1]), rel=1e-6)
-    assert float(found["out"]) == pytest.approx(oracle(KERNELS[0][:7, :1]), rel=1e-6)
-
-
 def test_dtypes(x64):
     half = gaussian(*SHAPE).astype(jnp.bfloat16)
     found = rms_operator_norm(half)
@@ -83,33 +85,40 @@ def test_dtypes(x64):
         assert float(found) == pytest.approx(oracle(wide), rel=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(-30, 30), st.booleans())
-def test_no_input_gains_more(seed, exponent, towards_maximizer):
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(-30, 30))
+def test_no_input_gains_more(seed, exponent):
     """RMS(xW) <= norm * RMS(x), and some x comes up to it."""
     rng = np.random.default_rng(seed)
-    kernel = (10.0**exponent * rng.normal(size=SHAPE) * 10.0 ** rng.uniform(-3, 3, size=SHAPE[1])).astype(np.float32)
-    norm = float(BATCHED(kernel))
-    u, _, _ = np.linalg.svd(np.float64(kernel))
-    x = u[:, 0] if towards_maximizer else rng.normal(size=SHAPE[0])
-    gain = float(np.sqrt(np.mean(np.square(x @ np.float64(kernel))) / np.mean(np.square(x))))
-    assert gain <= norm * (1 + 2e-6)
-    if towards_maximizer:
-        assert gain >= norm * (1 - 2e-6)
+    size = 10.0**exponent * 10.0 ** rng.uniform(-3, 3, size=(len(KERNELS), 1, SHAPE[1]))
+    kernels = (size * rng.normal(size=KERNELS.shape)).astype(np.float32)
+    norms = np.asarray(BATCHED(kernels), np.float64)
+    maximizers = np.linalg.svd(np.float64(kernels))[0][:, :, 0]
+    for x, least in ((rng.normal(size=maximizers.shape), 0), (maximizers, 1 - 2e-6)):
+        y = np.einsum("ki,kio->ko", x, np.float64(kernels))
+        gains = np.sqrt(np.mean(y**2, -1) / np.mean(x**2, -1))
+        assert np.all(gains <= norms * (1 + 2e-6))
+        assert np.all(gains >= norms * least)
 
 
 def test_the_iteration_ends_by_its_tolerance():
-    """A loose tolerance gives a lower bound in its distance; a tight one gives all the digits."""
+    """A loose tolerance gives a lower bound within it."""
     kernel = gaussian(200, 120)
-    loose, tight = (float(rms_operator_norm(kernel, tolerance=t)) for t in (0.1, 1e-5))
-    assert loose < tight * (1 - 1e-6)
-    assert loose > tight * (1 - 0.1)
-    assert tight == pytest.approx(oracle(kernel), rel=1e-6)
+    found = float(rms_operator_norm(kernel, tolerance=0.1))
+    assert oracle(kernel) * (1 - 0.1) < found < oracle(kernel) * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_derivative(exact):
-    gradients = jax.jit(jax.grad(lambda ks: jnp.sum(rms_operator_norm(ks, exact=exact, tolerance=1e-6))))(KERNELS)
+    directions = gaussian(*KERNELS.shape)
+
+    @jax.jit
+    def derivatives(kernels, directions):
+        norms = lambda kernels: rms_operator_norm(kernels, exact=exact, tolerance=1e-6)  # noqa: E731
+        _, forwards = jax.jvp(norms, (kernels,), (directions,))
+        return jax.grad(lambda kernels: jnp.sum(norms(kernels)))(kernels), forwards
+
+    gradients, forwards = derivatives(KERNELS, directions)
     np.testing.assert_allclose(gradients[0], unit_gradient(KERNELS[0]), atol=1e-4)
     np.testing.assert_allclose(gradients[3], unit_gradient(KERNELS[3]), atol=1e-5)
     np.testing.assert_array_equal(gradients[6], 0)  # at zero
@@ -118,46 +127,41 @@ def test_derivative(exact):
     # A norm is homogeneous, so the derivative along the kernel is the norm; that holds where it is not unique too.
     along = np.sum(np.float64(gradients) * KERNELS, (-2, -1))
     np.testing.assert_allclose(along, [oracle(kernel) for kernel in KERNELS], rtol=1e-5)
-
-
-def test_forward_mode_is_reverse_mode():
-    kernel, direction = gaussian(*SHAPE), gaussian(*SHAPE)
-    _, change = jax.jvp(rms_operator_norm, (kernel,), (direction,))
-    assert float(change) == pytest.approx(np.vdot(unit_gradient(kernel), direction), rel=1e-3)
+    np.testing.assert_allclose(forwards, np.sum(np.float64(gradients) * directions, (-2, -1)), rtol=1e-4, atol=1e-5)
 
 
 def test_second_derivative_is_exact_or_an_error(x64):
     kernel, direction = RNG.normal(size=(5, 4)), RNG.normal(size=(5, 4))
 
-    def along(t, exact):
+    def along(t, kernel, exact):
         return rms_operator_norm(kernel + t * direction, exact=exact)
 
     step = 1e-3
     want = (oracle(kernel + step * direction) - 2 * oracle(kernel) + oracle(kernel - step * direction)) / step**2
-    found = jax.jit(jax.grad(jax.grad(lambda t: along(t, True))))(0.0)
-    assert float(found) == pytest.approx(want, rel=1e-4)
+    second = jax.jit(jax.grad(jax.grad(lambda t, kernel: along(t, kernel, True))))
+    assert float(second(0.0, kernel)) == pytest.approx(want, rel=1e-4)
+    for singular in (np.eye(5, 4), np.zeros((5, 4))):  # there the largest singular value repeats
+        assert np.isnan(second(0.0, singular))
     with pytest.raises(NotImplementedError, match="first derivative only; set exact=True"):
-        jax.grad(jax.grad(lambda t: along(t, False)))(0.0)
+        jax.grad(jax.grad(lambda t: along(t, kernel, False)))(0.0)
 
 
 def test_not_finite_stays_visible():
     spoilt = KERNELS.copy()
     spoilt[0, 1, 2], spoilt[1, 1, 2] = np.nan, np.inf
-    np.testing.assert_array_equal(np.isfinite(BATCHED(spoilt)), [False] * 2 + [True] * (len(KERNELS) - 2))
-
-
-def test_axes_of_a_kernel():
-    heads = gaussian(3, 12, 4, 5)  # layers, features, heads, size of a head
-    found = rms_operator_norm(heads, in_axis=1, out_axis=(2, 3))
-    np.testing.assert_allclose(found, [oracle(layer.reshape(12, 20)) for layer in heads], rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(BATCHED(spoilt)), [True] * 2 + [False] * (len(KERNELS) - 2))
 
 
 def test_by_path():
+    """Kernels, batches of them, axes of all kinds, and shapes with fewer inputs than the iteration has vectors."""
     params = {
         "dense": {"kernel": gaussian(6, 8), "bias": gaussian(8)},
         "other": {"kernel": gaussian(6, 8)},
         "stack": gaussian(2, 6, 8),
         "attention": gaussian(6, 2, 4),
+        "heads": gaussian(2, 2, 6, 4),
+        "narrow": gaussian(1, 8),
+        "column": gaussian(7, 1),
         "count": np.ones((2, 2), np.int32),
     }
     want = {
@@ -165,24 +169,27 @@ def test_by_path():
         "other.kernel": oracle(params["other"]["kernel"]),
         "stack": [oracle(layer) for layer in params["stack"]],
         "attention": oracle(params["attention"].reshape(6, 8)),
+        "heads": [oracle(np.swapaxes(layer, 0, 1).reshape(6, 8)) for layer in params["heads"]],
+        "narrow": oracle(params["narrow"]),
+        "column": oracle(params["column"]),
     }
+    axes = {"attention": (0, (1, 2)), "heads": (2, (1, 3))}
 
     def select(path, leaf):
-        return (0, (1, 2)) if path == "attention" else leaf.ndim > 1 and path != "count"
+        return axes.get(path, leaf.ndim > 1 and path != "count")
 
     found = jax.jit(lambda tree: rms_operator_norm_by_path(tree, select, sep="."))(params)
     assert found.keys() == want.keys()
     for path, norm in found.items():
-        np.testing.assert_allclose(norm, want[path], rtol=1e-6)
-    assert list(rms_operator_norm_by_path(params["dense"])) == ["kernel"]
+        np.testing.assert_allclose(norm, want[path], rtol=1e-6, err_msg=path)
     assert list(rms_operator_norm_by_path(params, lambda path, leaf: False)) == []
 
 
-def test_by_path_of_a_model():
+def test_kernels_of_a_model():
+    """By default the floating leaves of two axes or more."""
     model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
-    found = rms_operator_norm_by_path(nnx.state(model, nnx.Param))
+    found = jax.eval_shape(rms_operator_norm_by_path, nnx.state(model, nnx.Param))
     assert list(found) == ["layers/0/kernel", "layers/2/kernel"]
-    assert float(found["layers/0/kernel"]) == pytest.approx(oracle(model.layers[0].kernel[...]), rel=1e-6)
 
 
 @pytest.mark.parametrize(
