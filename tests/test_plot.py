@@ -91,6 +91,7 @@ def assert_distinct(lines, pixels):
     """Each line shows in the pixels, none looks like another, and in print neighbours differ in marker and dashes."""
     looks = [(line.get_color(), line.get_marker(), line._unscaled_dash_pattern) for line in lines]
     assert len({str(look) for look in looks}) == len(lines)
+    assert len({colour for colour, *_ in looks}) == min(len(lines), 11)
     for one, other in itertools.pairwise(looks):
         assert all(a != b for a, b in zip(one, other, strict=True))
     for line in lines:
