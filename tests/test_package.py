@@ -79,6 +79,7 @@ def as_for_a_user():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("as_for_a_user")
 def test_main_job(tmp_path, capsys):
     picture = tmp_path / "picture.png"
