@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from rmsjax._checks import as_mapped, as_threshold
 from rmsjax._reduce import accumulator_dtype
-from rmsjax._tree import Grouping, Scope, group, measure
+from rmsjax._tree import Scope, group, measure
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
+
+__all__ = ["rms_penalty"]
 
 
 def rms_penalty(
@@ -55,27 +56,20 @@ def rms_penalty(
         2.5 2.0
         >>> print(jax.grad(rms_penalty)(params)["w"][0])
         [0.5 0.5]
+
+    Source: the squared distance of norms from a level is the penalty of Krueger and Memisevic (arXiv 1511.08400), who
+    take L2 norms of activations, and for the level the norm at the time step before.
     """
     name = "rms_penalty"
     target = as_threshold(name, "target", target)
     if kind not in ("two_sided", "ceiling"):
         raise ValueError(f"{name}: kind must be 'two_sided' or 'ceiling', got {kind!r}")
-    grouping = group(name, tree, scope, kind=jnp.inexact)
-    norms = jax.tree.leaves(measure(grouping, as_mapped(name, axis_name)))
+    grouping, mapped = group(name, tree, scope, kind=jnp.inexact), as_mapped(name, axis_name)
+    filled = tuple(pool for pool in grouping.pools if any(grouping.leaves[i].size for i in pool.members))
+    norms = jax.tree.leaves(measure(grouping._replace(pools=filled), mapped)) if filled else []
     total = jnp.zeros((), accumulator_dtype(*(leaf.dtype for leaf in grouping.leaves)))
-    count = 0
-    for norm, counts in zip(norms, _with_elements(grouping), strict=True):
-        counts = np.broadcast_to(counts, norm.shape)
+    for norm in norms:
         excess = norm - jnp.asarray(target, norm.dtype)
         excess = jnp.maximum(excess, 0) if kind == "ceiling" else excess
-        total += jnp.sum(jnp.square(excess), where=counts)
-        count += int(counts.sum())
-    return total / max(count, 1)
-
-
-def _with_elements(grouping: Grouping) -> list[Any]:
-    """For each leaf of a `PerPool`, which of its norms are over some elements."""
-    filled = [any(grouping.leaves[i].size for i in pool.members) for pool in grouping.pools]
-    scalars = [f for f, pool in zip(filled, grouping.pools, strict=True) if pool.axes is None]
-    rows = [f for f, pool in zip(filled, grouping.pools, strict=True) if pool.axes is not None]
-    return [scalars, *rows] if scalars else rows
+        total += jnp.sum(jnp.square(excess))
+    return total / max(sum(norm.size for norm in norms), 1)

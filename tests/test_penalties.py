@@ -1,5 +1,7 @@
 """The penalty on RMS norms: its values, its derivative, and what it does to models of two widths."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,16 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 from rmsjax import rms, rms_penalty, tree_rms
+from tests.optax_suite import quick_compiles  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 RNG = np.random.default_rng(0)
 TREE = {
-    "dense": {name: jnp.asarray(RNG.normal(size=s), jnp.float32) for name, s in (("kernel", (4, 6)), ("bias", (6,)))},
-    "stack": jnp.asarray(3 * RNG.normal(size=(3, 4, 5)), jnp.float32),
+    "dense": {name: np.float32(RNG.normal(size=shape)) for name, shape in (("kernel", (4, 6)), ("bias", (6,)))},
+    "stack": np.float32(3 * RNG.normal(size=(3, 4, 5))),
 }
+KINDS = ("two_sided", "ceiling")
 
 
 def mixed(path, leaf):
@@ -25,30 +31,37 @@ def mixed(path, leaf):
 SCOPES = {"global": ("global", 1), "block": ("block", 3), "axes": (0, 1 + 6 + 20), "callable": (mixed, 1 + 3)}
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_mean_over_all_norms(scope):
-    scope, count = SCOPES[scope]
+@pytest.fixture(scope="module", params=SCOPES)
+def penalties(request):
+    """(a scope, how many norms it has, a function of a tree and a target that gives value and gradient of each kind)"""
+    scope, count = SCOPES[request.param]
+    of_kind = {kind: jax.value_and_grad(partial(rms_penalty, scope=scope, kind=kind)) for kind in KINDS}
+    return scope, count, jax.jit(lambda tree, target: {kind: f(tree, target) for kind, f in of_kind.items()})
+
+
+def test_mean_over_all_norms(penalties):
+    scope, count, f = penalties
     norms = tree_rms(TREE, scope)
     if callable(scope):  # two leaves share a norm, which counts once
         del norms["dense"]["bias"]
     norms = np.concatenate([np.ravel(norm) for norm in jax.tree.leaves(norms)]).astype(np.float64)
     assert norms.size == count
     for target in (0.0, 0.9, 2.5):
-        np.testing.assert_allclose(rms_penalty(TREE, target, scope), np.mean((norms - target) ** 2), rtol=1e-6)
-        ceiling = np.mean(np.maximum(norms - target, 0) ** 2)
-        np.testing.assert_allclose(rms_penalty(TREE, target, scope, kind="ceiling"), ceiling, rtol=1e-6)
+        got = f(TREE, target)
+        np.testing.assert_allclose(got["two_sided"][0], np.mean((norms - target) ** 2), rtol=1e-6)
+        np.testing.assert_allclose(got["ceiling"][0], np.mean(np.maximum(norms - target, 0) ** 2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("kind", ["two_sided", "ceiling"])
-def test_gradient_is_finite_at_zero_and_right_elsewhere(scope, kind):
-    scope, _ = SCOPES[scope]
-    penalty = lambda tree: rms_penalty(tree, 0.8, scope, kind)  # noqa: E731
-    zeros = jax.tree.map(jnp.zeros_like, TREE)
-    assert not any(g.any() for g in jax.tree.leaves(jax.grad(penalty)(zeros)))
-    slope = sum(jnp.vdot(g, x) for g, x in zip(*map(jax.tree.leaves, (jax.grad(penalty)(TREE), TREE)), strict=True))
-    longer, shorter = (penalty(jax.tree.map(lambda x, s=s: s * x, TREE)) for s in (1.01, 0.99))
-    np.testing.assert_allclose(slope, (longer - shorter) / 0.02, rtol=1e-3)
+def test_gradient_is_finite_at_zero_and_right_elsewhere(penalties):
+    f = penalties[2]
+    at_zero, here, longer, shorter = (
+        f(jax.tree.map(lambda x, s=s: np.float32(s * x), TREE), 0.8) for s in (0, 1, 1.01, 0.99)
+    )
+    for kind in KINDS:
+        assert not any(g.any() for g in jax.tree.leaves(at_zero[kind][1]))
+        pairs = zip(jax.tree.leaves(here[kind][1]), jax.tree.leaves(TREE), strict=True)
+        slope = sum(np.vdot(g, x) for g, x in pairs)
+        np.testing.assert_allclose(slope, (longer[kind][0] - shorter[kind][0]) / 0.02, rtol=1e-3)
 
 
 def test_norms_over_nothing_do_not_count():
@@ -88,16 +101,15 @@ def held_activations(width):
 
     The first is for `rms_penalty`, the second for a like penalty on the L2 norm, at the level of the narrow model.
     """
-    images, labels = load_digits(return_X_y=True)
-    images, labels = jnp.asarray(images[:256] / 16, jnp.float32), jnp.asarray(labels[:256])
-    keys = jax.random.split(jax.random.key(0), 2)
+    rng, (images, labels) = np.random.default_rng(0), load_digits(return_X_y=True)
+    images, labels = np.float32(images[:256] / 16), np.int32(labels[:256])
     params = {
-        "hidden": jax.random.normal(keys[0], (64, width)) / 8,
-        "out": jax.random.normal(keys[1], (width, 10)) / np.sqrt(width),
+        "hidden": np.float32(rng.normal(size=(64, width)) / 8),
+        "out": np.float32(rng.normal(size=(width, 10)) / np.sqrt(width)),
     }
     tx = optax.adam(optax.cosine_decay_schedule(1e-2, 100))
 
-    def loss(params, of_rms, of_l2):
+    def loss(params, images, labels, of_rms, of_l2):
         hidden = images @ params["hidden"]
         logits = jnp.tanh(hidden) @ params["out"]
         l2 = jnp.sqrt(jnp.mean(jnp.sum(hidden**2, -1)))
@@ -105,22 +117,19 @@ def held_activations(width):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean() + penalty, hidden
 
     @jax.jit
-    def train(of_rms, of_l2):
+    def train(params, *data):
         def step(carry, _):
             params, state = carry
-            (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(params, of_rms, of_l2)
+            (value, hidden), grads = jax.value_and_grad(loss, has_aux=True)(params, *data)
             updates, state = tx.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), (rms(hidden), value)
 
-        return at_end(jax.lax.scan(step, (params, tx.init(params)), None, 100)[1])
+        return jax.lax.scan(step, (params, tx.init(params)), None, 100)[1]
 
-    return train
-
-
-def at_end(tree):
-    return jax.tree.map(lambda x: x[-1], tree)
+    return lambda of_rms, of_l2: [values[-1] for values in train(params, images, labels, of_rms, of_l2)]
 
 
+@pytest.mark.once
 def test_same_strength_at_every_width():
     """One coefficient holds the activations of a narrow and a wide model to one level, and both learn.
 
