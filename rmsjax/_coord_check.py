@@ -28,7 +28,7 @@ from scipy.special import stdtrit
 
 from rmsjax._models import trainable
 from rmsjax._tags import partition
-from rmsjax._text import text_table
+from rmsjax._text import text_table, with_interval
 from rmsjax._tree import tree_rms
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class WidthRecord:
         columns: list[list[str]] = []
         for title, quantity, step in judged:
             slopes = Slopes(*(values[step] for values in self.slopes(quantity)))
-            columns.append([title, *map(_with_interval, slopes.mean, slopes.high)])
+            columns.append([title, *map(with_interval, slopes.mean, slopes.high)])
         words = [word + (" ?" if layer in self.doubtful else "") for layer, word in self.verdicts.items()]
         rows = zip(["layer", *self.layers], *columns, ["verdict", *words], strict=True)
         return "\n".join(
@@ -506,10 +506,6 @@ def _fit(widths: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
-
-
-def _with_interval(mean: float, high: float) -> str:
-    return f"{mean:+z.2f} ±{high - mean:.2f}"
 
 
 def _counted(count: int, noun: str) -> str:

@@ -19,6 +19,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator, NullLocator
 
+from rmsjax._text import with_interval
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from matplotlib.axes import Axes
@@ -80,10 +82,9 @@ def coord_check(
         raise ValueError(f"plot.coord_check: steps must be some of 0 to {record.steps}, got {shown}")
     means, slopes, at = record.over_seeds(quantity), record.slopes(quantity), shown[-1]
     names, chosen = _distinct(record.layers, np.moveaxis(means, -1, 0))
-    labels = _columns(
-        names, [f"{slopes.mean[at, k]:+z.2f} ±{slopes.high[at, k] - slopes.mean[at, k]:.2f}" for k in chosen]
-    )
-    figure, panels = _panels(len(shown), labels, f"{f'{title}, ' if title else ''}verdict: {record.verdict}")
+    labels = _columns(names, [with_interval(slopes.mean[at, k], slopes.high[at, k]) for k in chosen])
+    verdict = f"verdict: {record.verdict}"
+    figure, panels = _panels(len(shown), labels, f"{title}, {verdict}" if title else verdict)
     drawn = [
         _over_width(panel, record, means[:, step, chosen], f"step {step}")
         for panel, step in zip(panels, shown, strict=True)
