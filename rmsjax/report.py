@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,24 +15,23 @@ import numpy as np
 
 from rmsjax._reduce import UNMAPPED
 from rmsjax._tree import Scope, group, leaf_paths, measure
-from rmsjax.transforms import (
-    ClipByRelativeRMSState,
-    ClipByRMSState,
-    NormalizeByRMSState,
-    RecordRMSState,
-    ScaleByStableAdamState,
-)
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
 
-_STATES = (ClipByRelativeRMSState, ClipByRMSState, NormalizeByRMSState, RecordRMSState, ScaleByStableAdamState)
-_CLIPPED = ("rms", "ratio_rms")  # the norms by which a transformation clips
-_NORMS = (*_CLIPPED, "param_rms", "ema_rms")
+__all__ = ["RMSReport", "RMSRow", "rms_report"]
 
 
 class RMSRow(NamedTuple):
-    """One line of a report. `rms` has several entries where a leaf has several norms; the rest is None if unknown."""
+    """One line of a report. `rms` has several entries where a leaf has several norms; the rest is None if unknown.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmsjax import rms_report
+        >>> row = rms_report({"w": jnp.full((2, 2), 3.0)})[0]
+        >>> print(row.path, row.shape, row.dtype, row.rms, row.clipped)
+        w (2, 2) float32 [3.] None
+    """
 
     path: str
     shape: tuple[int, ...] | None
@@ -41,7 +41,18 @@ class RMSRow(NamedTuple):
 
 
 class RMSReport(Sequence[RMSRow]):
-    """The lines of a report: a sequence of `RMSRow` that prints, and that a notebook shows, as a table."""
+    """The lines of a report: a sequence of `RMSRow` that prints, and that a notebook shows, as a table.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmsjax import rms_report
+        >>> report = rms_report({"b": jnp.zeros(2), "w": jnp.ones(2)})
+        >>> len(report), report[-1].path
+        (2, 'w')
+        >>> report[1:]
+        path  shape  dtype    rms
+        w     (2,)   float32  1
+    """
 
     def __init__(self, rows: Iterable[RMSRow]) -> None:
         self._rows = tuple(rows)
@@ -88,7 +99,8 @@ def rms_report(
             of updates that were clipped; scope then has no say.
         scope: as in `tree_rms`. Of a leaf with several norms the table shows the least and the largest.
         order: "tree" keeps the order of the leaves. "worst" puts norms first that are not finite, then those that are
-            by the largest factor above or below the median of all.
+            by the largest factor above or below the median: of all norms of the tree, or of those in the same field of
+            the same state, since gradients have another size than parameters or ratios.
         sep: what separates the parts of a path.
 
     Returns:
@@ -107,14 +119,18 @@ def rms_report(
         out    (32, 10)  float32  12
         in     (64, 32)  float32  0.1
         scale  (32,)     float32  0.2
+
+    Source: paths as `jax.tree_util.keystr` writes them; one line a tensor as in `flax.linen.tabulate`.
     """
     if order not in ("tree", "worst"):
         raise ValueError(f"rms_report: order must be 'tree' or 'worst', got {order!r}")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError("rms_report: the tree must have values, not tracers; under jit use rms_by_path")
-    recorded = [*_recorded(tree, sep)]
-    rows = recorded if recorded else [*_measured(tree, scope, sep)]
-    return RMSReport(sorted(rows, key=_badness(rows)) if order == "worst" else rows)
+    alike = [*_recorded(tree, sep)] or [[*_measured(tree, scope, sep)]]
+    ranked = [(badness, row) for rows in alike for badness, row in zip(_badness(rows), rows, strict=True)]
+    if order == "worst":
+        ranked.sort(key=lambda entry: entry[0], reverse=True)
+    return RMSReport(row for _, row in ranked)
 
 
 def _measured(tree: PyTree, scope: Scope, sep: str) -> Iterator[RMSRow]:
@@ -127,21 +143,25 @@ def _measured(tree: PyTree, scope: Scope, sep: str) -> Iterator[RMSRow]:
         yield RMSRow(path, jnp.shape(leaf), str(jnp.result_type(leaf)), _flat(norm))
 
 
-def _recorded(tree: PyTree, sep: str) -> Iterator[RMSRow]:
-    """What the states in a tree have recorded; a path leads to the state, the field and the leaf."""
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, _STATES))[0]
+def _recorded(tree: PyTree, sep: str) -> Iterator[list[RMSRow]]:
+    """What the states in a tree have recorded, field by field; a path leads to the state, the field and the leaf."""
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0]
     for path, state in nodes:
-        if not isinstance(state, _STATES):
+        if not _is_state(state):
             continue
         prefix = jax.tree_util.keystr(path, simple=True, separator=sep)
-        shares = jax.tree.leaves(getattr(state, "share_clipped", None))
-        for field in _NORMS:
-            norms = getattr(state, field, None)
-            leaves = jax.tree.leaves(norms)
-            clipped = shares if leaves and shares and field in _CLIPPED else [None] * len(leaves)
-            for leaf, norm, share in zip(leaf_paths(norms, sep), leaves, clipped, strict=True):
-                name = sep.join(part for part in (prefix, field, leaf) if part)
-                yield RMSRow(name, None, None, _flat(norm), None if share is None else _flat(share))
+        for i, field in enumerate(state.norm_fields):
+            norms = getattr(state, field)
+            paths = [sep.join(part for part in (prefix, field, leaf) if part) for leaf in leaf_paths(norms, sep)]
+            shares = jax.tree.leaves(getattr(state, "share_clipped", None)) if i == 0 else []
+            yield [
+                RMSRow(path, None, None, _flat(norm), None if share is None else _flat(share))
+                for path, norm, share in itertools.zip_longest(paths, jax.tree.leaves(norms), shares)
+            ]
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "norm_fields")
 
 
 def _flat(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -156,15 +176,15 @@ def _range(form: str, values: np.ndarray[Any, Any]) -> str:
     return least if least == largest else f"{least} to {largest}"
 
 
-def _badness(rows: Sequence[RMSRow]) -> Any:
-    """A key that sorts the worst rows to the front."""
+def _badness(rows: Sequence[RMSRow]) -> list[tuple[bool, float]]:
+    """For each row whether a norm is not finite, and the logarithm of the largest factor to the median of all rows."""
     norms = np.concatenate([row.rms for row in rows]) if rows else np.zeros(0)
     usual = norms[np.isfinite(norms) & (norms > 0)]
     median = float(np.median(usual)) if usual.size else 1.0
 
-    def key(row: RMSRow) -> tuple[bool, float]:
+    def badness(row: RMSRow) -> tuple[bool, float]:
         finite = bool(np.isfinite(row.rms).all())
         factors = [abs(math.log(r / median)) if r else math.inf for r in row.rms] if finite else []
-        return finite, -max(factors, default=0.0)
+        return not finite, max(factors, default=0.0)
 
-    return key
+    return [badness(row) for row in rows]

@@ -1,14 +1,16 @@
 """optax: gradient transformations that read or set the RMS norm of updates.
 
 All take the `scope` and `axis_name` of `rmsjax.tree_rms`, keep the dtype and structure of the updates, and have a state
-whose structure and dtypes are those of `init` at every step, so they run inside `lax.scan`, `optax.MultiSteps` and
+whose structure and types are those of `init` at every step, so they run inside `lax.scan`, `optax.MultiSteps` and
 `optax.apply_if_finite`. A field `rms` is the norm of the newest updates that came in; where several states of a chain
 have one, name them with `optax.named_chain`, or let `rmsjax.rms_report` list them all.
+
+Numbers may be set by a schedule with `optax.inject_hyperparams`. A traced number cannot be refused: below 0 it counts
+as 0, but for a learning rate, whose sign means what it means in optax.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,9 +19,9 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 
-from rmsjax._checks import as_mapped, as_numeric, as_threshold
+from rmsjax._checks import as_mapped, as_number, as_numeric, as_threshold
 from rmsjax._reduce import UNMAPPED, PerPool, accumulator_dtype, lift, times
 from rmsjax._tree import Grouping, Scope, group, leaf_paths, measure, rescale
 
@@ -27,13 +29,30 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import PyTree
 
+__all__ = [
+    "ClipByRMSState",
+    "ClipByRelativeRMSState",
+    "NormalizeByRMSState",
+    "RecordRMSState",
+    "ScaleByStableAdamState",
+    "clip_by_relative_rms",
+    "clip_by_rms",
+    "normalize_by_rms",
+    "record_rms",
+    "scale_by_stable_adam",
+    "stable_adamw",
+]
 
 # --------------------------------------------------------------------------------------------------------------- state
 
 
 def _share_clipped(state: Any) -> PyTree:
     """The share of updates that were clipped, from 0 to 1, for each norm."""
-    return jax.tree.map(lambda n: n / jnp.maximum(state.num_updates, 1), state.num_clipped)
+    seen = jnp.maximum(state.num_updates, 1)  # with an axis for each of vmap, or of the states that a scan has stacked
+    return jax.tree.map(lambda n: n / seen.reshape(seen.shape + (1,) * (n.ndim - seen.ndim)), state.num_clipped)
+
+
+# Each state names its fields of norms in `norm_fields`, for `rms_report`; what clips, clips by the first of them.
 
 
 class ClipByRMSState(NamedTuple):
@@ -41,31 +60,60 @@ class ClipByRMSState(NamedTuple):
 
     `rms`: the norm of the newest updates before the clip, as `tree_rms(updates, scope)` gives it. `num_updates`: how
     many updates were seen. `num_clipped`: how many of them were clipped, for each norm in `rms`. `share_clipped`: the
-    quotient of these two.
+    quotient of these two; the axes of `vmap`, or of states that a scan has stacked, come first.
+
+    Example:
+        >>> import jax.numpy as jnp, rmsjax
+        >>> tx = rmsjax.clip_by_rms(1.0, "block")
+        >>> state = tx.init({"w": jnp.zeros(2)})
+        >>> for size in (0.5, 3.0):
+        ...     _, state = tx.update({"w": jnp.full(2, size)}, state)
+        >>> print(state.rms["w"], state.num_updates, state.num_clipped["w"], state.share_clipped["w"])
+        3.0 2 1 0.5
     """
 
     rms: Any
     num_updates: Array
     num_clipped: Any
 
+    norm_fields = ("rms",)
     share_clipped = property(_share_clipped)
 
 
 class ClipByRelativeRMSState(NamedTuple):
-    """What `clip_by_relative_rms` has seen: as in `ClipByRMSState`, and `param_rms`, the norm of the parameters."""
+    """What `clip_by_relative_rms` has seen: as in `ClipByRMSState`, and `param_rms`, the norm of the parameters.
+
+    Example:
+        >>> import jax.numpy as jnp, rmsjax
+        >>> tx = rmsjax.clip_by_relative_rms(0.1)
+        >>> params = {"w": jnp.full(2, 5.0)}
+        >>> _, state = tx.update({"w": jnp.ones(2)}, tx.init(params), params)
+        >>> print(state.rms["w"], state.param_rms["w"], state.share_clipped["w"])
+        1.0 5.0 1.0
+    """
 
     rms: Any
     param_rms: Any
     num_updates: Array
     num_clipped: Any
 
+    norm_fields = ("rms", "param_rms")
     share_clipped = property(_share_clipped)
 
 
 class NormalizeByRMSState(NamedTuple):
-    """The norm of the newest updates before `normalize_by_rms`, as `tree_rms(updates, scope)` gives it."""
+    """`rms`: the norm of the newest updates before `normalize_by_rms`, as `tree_rms(updates, scope)` gives it.
+
+    Example:
+        >>> import jax.numpy as jnp, rmsjax
+        >>> tx = rmsjax.normalize_by_rms()
+        >>> print(tx.update(jnp.full(2, 7.0), tx.init(jnp.zeros(2)))[1].rms)
+        7.0
+    """
 
     rms: Any
+
+    norm_fields = ("rms",)
 
 
 class RecordRMSState(NamedTuple):
@@ -73,11 +121,22 @@ class RecordRMSState(NamedTuple):
 
     `rms`: the norm of the newest updates, as `tree_rms(updates, scope)` gives it. `ema_rms`: its moving average, None
     without `ema_decay`. `num_updates`: how many updates were seen.
+
+    Example:
+        >>> import jax.numpy as jnp, rmsjax
+        >>> tx = rmsjax.record_rms(ema_decay=0.5)
+        >>> state = tx.init(jnp.zeros(2))
+        >>> for size in (1.0, 4.0):
+        ...     _, state = tx.update(jnp.full(2, size), state)
+        >>> print(state.rms, state.ema_rms, state.num_updates)  # (0.5 * 1 + 4) / 1.5
+        4.0 3.0 2
     """
 
     rms: Any
     ema_rms: Any
     num_updates: Array
+
+    norm_fields = ("rms", "ema_rms")
 
 
 class ScaleByStableAdamState(NamedTuple):
@@ -86,6 +145,14 @@ class ScaleByStableAdamState(NamedTuple):
     `grad_mean` and `grad_rms`: for each element, the debiased moving average of the gradient, and the root of that of
     its square (Adam's mu and the root of its nu). `ratio_rms`: the norm of the newest gradient over `grad_rms`; where
     it was above 1 the step was divided by it. `num_updates`, `num_clipped`, `share_clipped`: as in `ClipByRMSState`.
+
+    Example:
+        >>> import jax.numpy as jnp, rmsjax
+        >>> tx = rmsjax.scale_by_stable_adam()
+        >>> params = jnp.zeros(2)
+        >>> _, state = tx.update(jnp.array([3.0, -4.0]), tx.init(params), params)
+        >>> print(state.grad_mean, state.grad_rms, state.ratio_rms, state.share_clipped)
+        [ 3. -4.] [3. 4.] 1.0 0.0
     """
 
     grad_mean: Any
@@ -94,50 +161,76 @@ class ScaleByStableAdamState(NamedTuple):
     num_updates: Array
     num_clipped: Any
 
+    norm_fields = ("ratio_rms",)
     share_clipped = property(_share_clipped)
 
 
-def _zeros(function: str, params: PyTree, scope: Scope) -> PyTree:
-    """Zeros for a state: of the shapes and dtypes that `tree_rms(params, scope)` has."""
+def _norm_types(function: str, params: PyTree, scope: Scope, axis_name: str | Sequence[str] | None) -> PyTree:
+    """The types of the norms that updates like the params have, as a state holds them; nothing is computed."""
     grouping = group(function, params, scope, kind=jnp.inexact)
-    shapes = jax.eval_shape(
-        lambda leaves: grouping._replace(leaves=leaves).tree(measure(grouping._replace(leaves=leaves), UNMAPPED)),
-        grouping.leaves,
-    )
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), _unboxed(shapes))
+    try:
+        mapped = as_mapped(function, axis_name)
+    except ValueError:  # init may run outside of the shard_map or pmap around update
+        mapped = UNMAPPED
+
+    def norms(leaves: list[Array]) -> PyTree:
+        of_leaves = grouping._replace(leaves=leaves)
+        return _as_held(of_leaves.tree(measure(of_leaves, mapped)))
+
+    return jax.eval_shape(norms, grouping.leaves)
+
+
+def _zeros(types: PyTree, dtype: DTypeLike | None = None) -> PyTree:
+    """New zeros at each call: no two fields may share an array, or else a state cannot be donated."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jax.tree.map(lambda t: jnp.zeros(t.shape, dtype or t.dtype), types)
+    # Keeps the sharding and the manual axes, which are part of a type, and without a mesh mean nothing.
+    return jax.tree.map(lambda t: lax.full_like(t, 0, dtype or t.dtype), types)
 
 
 def _no_updates() -> Array:
     return jnp.zeros((), jnp.int32)
 
 
-def _none_clipped(norms: PyTree) -> PyTree:
-    return jax.tree.map(lambda r: jnp.zeros(r.shape, jnp.int32), norms)
-
-
 def _next(num_updates: Array) -> Array:
     return jnp.asarray(optax.safe_increment(num_updates))
 
 
-def _kept(function: str, old: PyTree, grouping: Grouping, norms: PerPool) -> PyTree:
-    """Norms as a state holds them: in the structure and the dtypes that they had at init."""
-    new = _unboxed(grouping.tree(norms))
-    if jax.tree.structure(new) != jax.tree.structure(old):
+def _check_alike(function: str, at_init: PyTree, updates: PyTree) -> None:
+    """Raise unless two trees are alike, one made of the params at init, the other of updates."""
+    old, new = jax.tree.structure(at_init), jax.tree.structure(updates)
+    if old != new:
         raise ValueError(
-            f"{function}: updates must have the structure of the params that init was given: the state is for "
-            f"{jax.tree.structure(old)}, the updates have {jax.tree.structure(new)}"
+            f"{function}: updates must have the structure of the params that init was given: the state is for {old}, "
+            f"the updates have {new}"
         )
-    for path, o, n in zip(leaf_paths(old), jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-        if o.shape != n.shape:
+    for path, o, n in zip(leaf_paths(at_init), jax.tree.leaves(at_init), jax.tree.leaves(updates), strict=True):
+        if jnp.shape(o) != jnp.shape(n):
             raise ValueError(
                 f"{function}: updates must have the shapes of the params that init was given: the state at {path!r} "
-                f"has shape {o.shape}, that of the updates {n.shape}"
+                f"has shape {jnp.shape(o)}, that of the updates {jnp.shape(n)}"
             )
-    return jax.tree.map(lambda o, n: n.astype(o.dtype), old, new)
+
+
+def _kept(function: str, old: PyTree, grouping: Grouping, norms: PerPool) -> PyTree:
+    """Norms as a state holds them: in the structure and the dtypes that they had at init."""
+    new = _as_held(grouping.tree(norms))
+    _check_alike(function, old, new)
+    # Copies, since the leaves of one pool share an array, and what is shared cannot be donated.
+    return jax.tree.map(lambda o, n: jnp.array(n, o.dtype), old, new)
 
 
 def _added(function: str, old: PyTree, grouping: Grouping, clipped: PerPool) -> PyTree:
     return jax.tree.map(jnp.add, old, _kept(function, old, grouping, clipped))
+
+
+def _as_held(norms: PyTree) -> PyTree:
+    """Norms in the structure that they have in a state.
+
+    A tree without leaves becomes one zero. `optax.tree_map_params` calls init with such a tree, and takes what it finds
+    of it in the state for parameters; norms have neither the shapes nor the shardings of these.
+    """
+    return _unboxed(norms) if jax.tree.leaves(norms) else jnp.zeros(())
 
 
 def _unboxed(tree: PyTree) -> PyTree:
@@ -162,15 +255,18 @@ def clip_by_rms(
 ) -> optax.GradientTransformation:
     r"""Scale updates down to an RMS norm of at most max_rms: $u \cdot \min(1, \text{max\_rms}/\|u\|_{RMS})$.
 
-    The width-neutral form of clipping by norm: max_rms is a bound on the size of a typical element, so one value
-    serves a model at every width, where a bound on the L2 norm has to grow with the root of the number of elements.
+    max_rms bounds the size of a typical element, whatever their number, so bounds for tensors and trees of any size
+    compare, where one on the L2 norm has to grow with the root of that number. How gradients scale with the width, and
+    so whether one bound serves every width, is a matter of the parametrisation.
+
     `optax.clip_by_global_norm(c)` is `clip_by_rms(c / sqrt(n))` for n elements, and `optax.clip_by_block_rms(c)` is
     `clip_by_rms(c, "block")`; unlike these it is right for every finite update (float16 300, float32 1e30), has a
     derivative at zero, and keeps dtypes. A non-finite update stays non-finite.
 
     Args:
         max_rms: the bound, at least 0, in the unit of an update; a traced value (`optax.inject_hyperparams`) may do.
-        scope: what shares a norm and a factor, see `rmsjax.Scope`.
+        scope: what shares a norm and a factor, see `rmsjax.Scope`. Under `optax.inject_hyperparams` name it in
+            static_args=("scope",), or else a callable is taken for a schedule.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
 
     Returns:
@@ -196,8 +292,8 @@ def clip_by_rms(
     max_rms = as_threshold(name, "max_rms", max_rms)
 
     def init_fn(params: PyTree) -> ClipByRMSState:
-        zeros = _zeros(name, params, scope)
-        return ClipByRMSState(zeros, _no_updates(), _none_clipped(zeros))
+        norms = _norm_types(name, params, scope, axis_name)
+        return ClipByRMSState(_zeros(norms), _no_updates(), _zeros(norms, jnp.int32))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByRMSState]:
         del params
@@ -233,7 +329,8 @@ def clip_by_relative_rms(
 
     Args:
         max_ratio: the bound, at least 0, without unit; a traced value (`optax.inject_hyperparams`) may do.
-        scope: what shares a norm and a factor, see `rmsjax.Scope`; the parameters are pooled as the updates are.
+        scope: what shares a norm and a factor, see `rmsjax.Scope`; the parameters are pooled as the updates are. Under
+            `optax.inject_hyperparams` name it in static_args=("scope",), or else a callable is taken for a schedule.
         min_rms: what counts as the size of smaller parameters, at least 0, so that those that start at zero can move.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates and parameters are split over, see
             `rmsjax.tree_rms`.
@@ -262,14 +359,14 @@ def clip_by_relative_rms(
     min_rms = as_threshold(name, "min_rms", min_rms)
 
     def init_fn(params: PyTree) -> ClipByRelativeRMSState:
-        zeros = _zeros(name, params, scope)
-        return ClipByRelativeRMSState(zeros, zeros, _no_updates(), _none_clipped(zeros))
+        norms = _norm_types(name, params, scope, axis_name)
+        return ClipByRelativeRMSState(_zeros(norms), _zeros(norms), _no_updates(), _zeros(norms, jnp.int32))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByRelativeRMSState]:
-        grouping = group(name, updates, scope, kind=jnp.inexact)
-        mapped = as_mapped(name, axis_name)
-        norms = measure(grouping, mapped)
-        sizes = measure(_params_grouped_alike(name, grouping, updates, params), mapped)
+        grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
+        # In the pools of the updates, even if the scope would choose otherwise by the dtype of the parameters.
+        of_params = grouping._replace(leaves=jax.tree.leaves(_params_of(name, updates, params)))
+        norms, sizes = measure(grouping, mapped), measure(of_params, mapped)
         bounds = jax.tree.map(
             lambda r, size: (
                 jnp.asarray(max_ratio, r.dtype) * jnp.maximum(size.astype(r.dtype), jnp.asarray(min_rms, r.dtype))
@@ -288,27 +385,32 @@ def clip_by_relative_rms(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _required(function: str, params: PyTree | None) -> PyTree:
+def _params_of(function: str, updates: PyTree, params: PyTree | None) -> PyTree:
+    """The parameters in the structure of the updates.
+
+    As in optax, where an update is None the parameter may be anything, so that params may be a whole Equinox model.
+    """
     if params is None:
         raise ValueError(f"{function}: update needs the parameters: call tx.update(updates, state, params)")
-    return params
-
-
-def _params_grouped_alike(function: str, grouping: Grouping, updates: PyTree, params: PyTree | None) -> Grouping:
-    """The parameters in the pools of the updates, even if a scope would choose otherwise by their dtype."""
-    leaves = [
-        as_numeric(function, f"leaf {path!r} of params", leaf)
-        for path, leaf in zip(leaf_paths(_required(function, params)), jax.tree.leaves(params), strict=True)
-    ]
-    ours = zip(leaf_paths(updates), [leaf.shape for leaf in grouping.leaves], strict=True)
-    theirs = zip(leaf_paths(params), [leaf.shape for leaf in leaves], strict=True)
-    for update, param in itertools.zip_longest(ours, theirs):
-        if update is None or param is None or update[1] != param[1]:
-            expected, got = (
-                "nothing" if leaf is None else f"{leaf[0]!r} of shape {leaf[1]}" for leaf in (update, param)
+    slots, treedef = jax.tree.flatten(updates, is_leaf=lambda node: node is None)
+    try:
+        found = treedef.flatten_up_to(params)
+    except ValueError:
+        alone = sorted({*leaf_paths(updates)} ^ {*leaf_paths(params)})
+        raise ValueError(
+            f"{function}: params must have the structure of the updates: "
+            + (f"leaf {alone[0]!r} is in one of them alone" if alone else f"expected {treedef}, got {params!r:.80}")
+        ) from None
+    leaves: list[Array] = []
+    pairs = [(update, param) for update, param in zip(slots, found, strict=True) if update is not None]
+    for path, (update, param) in zip(leaf_paths(updates), pairs, strict=True):
+        leaves.append(as_numeric(function, f"leaf {path!r} of params", param))
+        if leaves[-1].shape != jnp.shape(update):
+            raise ValueError(
+                f"{function}: leaf {path!r} of params must have the shape of its update, {jnp.shape(update)}, "
+                f"got {leaves[-1].shape}"
             )
-            raise ValueError(f"{function}: params must have the leaves of the updates: expected {expected}, got {got}")
-    return grouping._replace(leaves=leaves)
+    return jax.tree.unflatten(jax.tree.structure(updates), leaves)
 
 
 # --------------------------------------------------------------------------------------------------------- normalizing
@@ -329,7 +431,8 @@ def normalize_by_rms(
 
     Args:
         target: the norm of the result, at least 0; a traced value (`optax.inject_hyperparams`) may do.
-        scope: what shares a norm and a factor, see `rmsjax.Scope`.
+        scope: what shares a norm and a factor, see `rmsjax.Scope`. Under `optax.inject_hyperparams` name it in
+            static_args=("scope",), or else a callable is taken for a schedule.
         epsilon: what is added to the mean square, inside the root, as in `rms_normalize`; at least 0. Updates well
             below its root are not blown up to the target.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
@@ -363,7 +466,7 @@ def normalize_by_rms(
     epsilon = as_threshold(name, "epsilon", epsilon)
 
     def init_fn(params: PyTree) -> NormalizeByRMSState:
-        return NormalizeByRMSState(_zeros(name, params, scope))
+        return NormalizeByRMSState(_zeros(_norm_types(name, params, scope, axis_name)))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, NormalizeByRMSState]:
         del params
@@ -394,10 +497,12 @@ def record_rms(
     r"""Pass updates through and keep their RMS norm $\|u\|_{RMS}$ in the state.
 
     One before and one after a transformation show what it did. The moving average counts from the first update
-    without a bias towards zero.
+    without a bias towards zero. As in `optax.ema`, one update that is not finite makes it NaN or infinite for good:
+    where batches may break, put the optimizer in `optax.apply_if_finite`, whose skipped steps it then does not see.
 
     Args:
-        scope: what shares a norm, see `rmsjax.Scope`.
+        scope: what shares a norm, see `rmsjax.Scope`. Under `optax.inject_hyperparams` name it in
+            static_args=("scope",), or else a callable is taken for a schedule.
         ema_decay: also keep the exponential moving average of the norm with this decay, in [0, 1).
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
 
@@ -417,14 +522,18 @@ def record_rms(
         >>> _, state = tx.update({"w": jnp.array([4.0, -4.0, 4.0])}, tx.init(params))
         >>> print(state["before"].rms["w"], state["after"].rms["w"])
         4.0 1.0
+
+    Source: Wortsman et al. (arXiv 2304.13013), section 3, watch a norm of each tensor, which rises before the loss
+    spikes: that of the gradient over Adam's root of v. The average is debiased as in Kingma and Ba (arXiv 1412.6980),
+    section 3.
     """
     name = "record_rms"
     if ema_decay is not None:
         ema_decay = _as_decay(name, "ema_decay", ema_decay)
 
     def init_fn(params: PyTree) -> RecordRMSState:
-        zeros = _zeros(name, params, scope)
-        return RecordRMSState(zeros, None if ema_decay is None else zeros, _no_updates())
+        norms = _norm_types(name, params, scope, axis_name)
+        return RecordRMSState(_zeros(norms), None if ema_decay is None else _zeros(norms), _no_updates())
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, RecordRMSState]:
         del params
@@ -494,7 +603,8 @@ def scale_by_stable_adam(
         mask: where to decay, as in `optax.adamw`: a tree of booleans, a prefix of one, or a function of the params.
         mu_dtype: the dtype to keep the average of the gradient in.
         scope: what shares an RMS_t, see `rmsjax.Scope`. The default is that of the paper; for a leaf of stacked layers
-            name the axes of a layer.
+            name the axes of a layer. Under `optax.inject_hyperparams` name it in static_args=("scope",), or else a
+            callable is taken for a schedule.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
 
     Returns:
@@ -529,19 +639,21 @@ def scale_by_stable_adam(
     decays = isinstance(weight_decay, jax.core.Tracer) or weight_decay != 0
 
     def init_fn(params: PyTree) -> ScaleByStableAdamState:
-        norms = _zeros(name, params, scope)
+        norms = _norm_types(name, params, scope, axis_name)
         lifted = jax.tree.map(lambda p: jax.eval_shape(_lifted, p), params)
         return ScaleByStableAdamState(
             grad_mean=jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=mu_dtype or s.dtype), params, lifted),
             grad_rms=jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=jnp.finfo(s.dtype).dtype), params, lifted),
-            ratio_rms=norms,
+            ratio_rms=_zeros(norms),
             num_updates=_no_updates(),
-            num_clipped=_none_clipped(norms),
+            num_clipped=_zeros(norms, jnp.int32),
         )
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ScaleByStableAdamState]:
         grouping = group(name, updates, scope, kind=jnp.inexact)
+        _check_alike(name, state.grad_mean, updates)
         count = _next(state.num_updates)
+        updates = grouping.treedef.unflatten(grouping.leaves)  # arrays, also where a number was given
         grads = jax.tree.map(_lifted, updates)
         mean = jax.tree.map(lambda m, g: _averaged(m, g, b1, count), state.grad_mean, grads)
         root = jax.tree.map(lambda r, g: _root_averaged(r, g, b2, count), state.grad_rms, grads)
@@ -549,7 +661,7 @@ def scale_by_stable_adam(
         norms = measure(grouping._replace(leaves=jax.tree.leaves(ratio)), as_mapped(name, axis_name))
         step = jax.tree.map(lambda m, r: _quotient(m, r + jnp.asarray(eps, r.dtype)), mean, root)
         if decays:
-            step = _decayed(step, _required(name, params), weight_decay, mask)
+            step = _decayed(step, _params_of(name, updates, params), weight_decay, mask)
         ones = jax.tree.map(jnp.ones_like, norms)
         step = rescale(grouping._replace(leaves=jax.tree.leaves(step)), jax.tree.map(jnp.maximum, norms, ones), ones)
         return jax.tree.map(lambda s, u: s.astype(u.dtype), step, updates), ScaleByStableAdamState(
@@ -606,17 +718,18 @@ def stable_adamw(
 
     $w \leftarrow w - \eta_t \left(\frac{m}{\sqrt v + \epsilon} + \lambda w\right)$ with
     $\eta_t = \eta / \max(1, \text{RMS}_t)$. A cure without a threshold for the loss spikes of AdamW, which come when v
-    is out of date.
+    is out of date. Three options of torch-optimi's are not offered: decouple_lr and max_lr, by which decay does not
+    follow the learning rate, and Kahan summation for parameters in 16 bit.
 
     Args:
-        learning_rate: $\eta$, a number that is at least 0 or a schedule.
+        learning_rate: $\eta$, a number or a schedule. As in optax its sign is not checked: below 0 the step ascends.
         b1, b2, eps, weight_decay, mask, mu_dtype, scope, axis_name: as in `scale_by_stable_adam`.
 
     Returns:
         An optimizer with the state of `scale_by_stable_adam` in it.
 
     Raises:
-        TypeError, ValueError: as `scale_by_stable_adam`.
+        TypeError, ValueError: as `scale_by_stable_adam`; the learning rate is neither a finite number nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
@@ -639,6 +752,7 @@ def stable_adamw(
 def _by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     if callable(learning_rate):
         return optax.scale_by_learning_rate(learning_rate)
-    rate = as_threshold("stable_adamw", "learning_rate", learning_rate)
+    if not isinstance(learning_rate, Array) or learning_rate.ndim:
+        as_number("stable_adamw", "learning_rate", learning_rate)
     # Not optax.scale: by a traced float32 number it turns bfloat16 updates into float32.
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: times(u, -jnp.asarray(rate)), updates))
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u: times(u, -jnp.asarray(learning_rate)), updates))

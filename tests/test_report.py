@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 
 from rmsjax import (
+    ClipByRelativeRMSState,
+    RecordRMSState,
     RMSReport,
     clip_by_relative_rms,
     clip_by_rms,
@@ -17,6 +19,9 @@ from rmsjax import (
     rms_report,
     stable_adamw,
 )
+from tests.optax_suite import quick_compiles  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 TREE = {"in": {"kernel": jnp.full((2, 3), 0.1), "bias": jnp.zeros(3)}, "out": jnp.full((3, 2, 2), 7.0, jnp.bfloat16)}
 
@@ -39,8 +44,31 @@ def test_worst_first():
     norms = {"a": 1.0, "b": 1.0, "c": 1.1, "d": 0.9, "e": 30.0, "f": 0.01, "g": 0.0, "h": np.nan, "i": 1.0}
     tree = {name: jnp.full(4, norm) for name, norm in norms.items()}
     assert "".join(row.path for row in rms_report(tree, order="worst"))[:6] == "hgfedc"
-    assert "".join(row.path for row in rms_report({"a": jnp.zeros(2), "b": jnp.zeros(3)}, order="worst")) == "ab"
+    assert "".join(row.path for row in rms_report({"a": jnp.zeros(4), "b": jnp.zeros(4)}, order="worst")) == "ab"
     assert len(rms_report({}, order="worst")) == 0
+
+
+def test_worst_first_compares_what_is_alike():
+    """The norms of one field of one state: gradients, ratios and parameters are not of one size."""
+
+    def tree(*values):
+        return dict(zip("abc", map(np.float32, values), strict=True))
+
+    unclipped = dict.fromkeys("abc", np.int32(0))
+    state = (
+        RecordRMSState(tree(1, 1.1, 1), None, np.int32(1)),
+        ClipByRelativeRMSState(tree(1e-5, 1e-5, 3e-5), tree(2e3, 1e3, 1e3), np.int32(1), unclipped),
+    )
+    worst = [row.path for row in rms_report(state, order="worst")[:3]]
+    assert worst == ["1/rms/c", "1/param_rms/a", "0/rms/b"]
+
+
+def test_states_of_a_vmap():
+    """A norm for each of its members, and as many shares."""
+    states = jax.vmap(clip_by_rms(1.0, -1).init)({"w": jnp.ones((5, 4, 3))})
+    (row,) = rms_report(states._replace(num_updates=jnp.full(5, 2), num_clipped={"w": np.ones((5, 4, 1), np.int32)}))
+    np.testing.assert_array_equal(row.rms, np.zeros(20))
+    np.testing.assert_array_equal(row.clipped, np.full(20, 0.5))
 
 
 def test_several_norms_of_a_leaf_show_as_a_range():
@@ -63,10 +91,10 @@ def test_states_of_a_chain():
         ("adam", stable_adamw(1.0)),
         ("rest", optax.chain(normalize_by_rms(2.0), clip_by_relative_rms(0.1, "global"))),
     )
-    params = {"w": jnp.full(4, 5.0), "b": jnp.full(4, 0.5)}
-    state = tx.init(params)
+    params = {"w": np.full(4, 5.0, np.float32), "b": np.full(4, 0.5, np.float32)}
+    state, update = tx.init(params), jax.jit(tx.update)
     for scale in (0.5, 2.0):
-        _, state = tx.update(jax.tree.map(lambda p, s=scale: s * p, params), state, params)
+        _, state = update(jax.tree.map(lambda p, s=scale: np.float32(s * p), params), state, params)
     report = rms_report(state)
     assert [row.path for row in report] == [
         "clip/rms/b", "clip/rms/w", "record/rms", "record/ema_rms", "adam/0/ratio_rms/b", "adam/0/ratio_rms/w",

@@ -14,17 +14,13 @@ from sklearn.datasets import load_digits
 
 import rmsjax
 from tests import optax_suite, stable_adamw
-from tests.optax_suite import ELEMENTS, GRADS, PARAMS, at
+from tests.optax_suite import ELEMENTS, GRADS, PARAMS, at, quick_compiles, scanned  # noqa: F401
 
 SCOPES = optax_suite.SCOPES
-
-
-@pytest.fixture(autouse=True)
-def _quick_compiles():
-    """Compiling is most of the cost here, and what LLVM makes of tiny loops is of no interest."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+# For what is compiled anew for each: stable_adamw has scale_by_stable_adam in it.
+DISTINCT = [name for name in ELEMENTS if name != "scale_by_stable_adam"]
+in_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh
 
 
 def close(got, expected, rtol=1e-6, atol=0.0):
@@ -48,6 +44,12 @@ def run(tx, params, *grads):
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_composes(name, scope, check):
     check(name, scope)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_composes_under_jit(name):
+    """With pools of both kinds: each of these is compiled anew. `check_types` tries them with all scopes."""
+    optax_suite.check_schedules_and_branches(name, "callable")
 
 
 # --------------------------------------------------------------------------------------------------------------- values
@@ -113,7 +115,7 @@ def of_dtype(tree, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ELEMENTS)
+@pytest.mark.parametrize("name", ORACLES)
 def test_values(name, dtype, request):
     """In every dtype, for gradients and parameters of any finite size, and the dtype is kept."""
     rtol, factors = DTYPES[dtype]
@@ -123,8 +125,8 @@ def test_values(name, dtype, request):
     tx = ELEMENTS[name].make("block")
     for factor in factors:
         grads, params = (of_dtype(rng.normal(size=(n, *shape)).clip(-2, 2), dtype) for n in (3, 1))
-        grads = [jnp.asarray(g * s * factor, dtype) for g, s in zip(grads, (0.5, 0.1, 1.0), strict=True)]
-        params = jnp.asarray(params[0] * (factor if factor < 1e300 else 1), dtype)
+        grads = [jnp.asarray((g * s * factor).astype(dtype)) for g, s in zip(grads, (0.5, 0.1, 1.0), strict=True)]
+        params = jnp.asarray((params[0] * factor).astype(dtype))
         got, state = run(tx, params, *grads)
         assert got.dtype == dtype
         wide = np.complex128 if dtype == "complex64" else np.longdouble
@@ -134,42 +136,50 @@ def test_values(name, dtype, request):
             np.testing.assert_allclose(state.rms, root_mean_square(np.asarray(grads[-1], wide)), 1e-6)
 
 
-@pytest.mark.parametrize("name", ELEMENTS)
-def test_eager_jit_and_vmap_agree(name):
+@pytest.mark.parametrize("name", DISTINCT)
+def test_jit_of_vmap_is_as_one_by_one(name):
     tx = ELEMENTS[name].make("block")
-    params = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4)), jnp.float32)
+    params = np.random.default_rng(1).normal(size=(2, 3, 4)).astype(np.float32)
     grads = 3 * params[:, ::-1]
     states = jax.vmap(tx.init)(params)
     together = jax.jit(jax.vmap(tx.update))(grads, states, params)
-    alone = [tx.update(grads[k], at(states, k), params[k]) for k in range(2)]
-    close(together, jax.tree.map(lambda *xs: jnp.stack(xs), *alone))
-    close(jax.jit(tx.update)(grads[0], at(states, 0), params[0]), alone[0])
+    alone = [tx.update(at(grads, k), at(states, k), at(params, k)) for k in range(2)]
+    close(together, jax.tree.map(lambda *xs: np.stack(xs), *alone))
 
 
-@pytest.mark.parametrize("name", ELEMENTS)
-def test_derivative(name):
-    """Along a direction in gradients and parameters, against differences of the oracle."""
-    tx = ELEMENTS[name].make("block")
-    rng = np.random.default_rng(2)
-    first, grad, params, dgrad, dparams = (rng.normal(size=(3, 4)) for _ in range(5))
-    f = lambda grad, params: run(tx, params, jnp.asarray(first, jnp.float32), grad)[0]  # noqa: E731
-    args = [jnp.asarray(x, jnp.float32) for x in (grad, params, dgrad, dparams)]
-    got = jax.jvp(f, args[:2], args[2:])[1]
-    h = 1e-5
-    ahead, behind = (ORACLES[name]([first, grad + s * dgrad], params + s * dparams) for s in (h, -h))
-    np.testing.assert_allclose(got, (ahead - behind) / (2 * h), rtol=1e-4, atol=1e-4)
+def pooled(tree):
+    """The elements of each pool of scope "callable", in float64."""
+    dense = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree["dense"])])
+    return [np.float64(pool) for pool in (dense, *tree["stack"])]
 
 
-@pytest.mark.parametrize("name", ELEMENTS)
-@pytest.mark.parametrize("scope", SCOPES)
-def test_zeros_stay_zeros_with_a_finite_derivative(name, scope):
-    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    tx = ELEMENTS[name].make(SCOPES[scope])
-    total = lambda u, p: sum(x.sum() for x in jax.tree.leaves(run(tx, p, u)[0]))  # noqa: E731
-    slopes = jax.grad(total, (0, 1))(zeros, zeros)
-    assert all(jnp.isfinite(s).all() for s in jax.tree.leaves(slopes))
-    updates, _ = run(tx, zeros, zeros, zeros)
+@pytest.mark.parametrize("name", DISTINCT)
+def test_derivatives(name):
+    """In pools of both kinds: along a direction, against differences of the oracle; and at zero, which stays zero."""
+    tx, zeros = ELEMENTS[name].make(SCOPES["callable"]), jax.tree.map(jnp.zeros_like, PARAMS)
+    first, grads, dgrads, weights = (at(GRADS, step) for step in (1, 2, 0, 3))
+    dparams = jax.tree.map(lambda p: p[::-1], PARAMS)
+
+    def weighted(grads, params, state, weights):
+        updates, _ = tx.update(grads, state, params)
+        return sum(
+            jnp.vdot(w, u) for w, u in zip(jax.tree.leaves(weights), jax.tree.leaves(updates), strict=True)
+        ), updates
+
+    slopes_of = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))
+    slopes, updates = slopes_of(zeros, zeros, tx.init(zeros), weights)
+    assert all(jnp.isfinite(slope).all() for slope in jax.tree.leaves(slopes))
     assert not any(u.any() for u in jax.tree.leaves(updates))
+
+    state = tx.update(first, tx.init(PARAMS), PARAMS)[1]
+    slopes, _ = slopes_of(grads, PARAMS, state, weights)
+    got = sum(np.vdot(s, d) for s, d in zip(jax.tree.leaves(slopes), jax.tree.leaves((dgrads, dparams)), strict=True))
+
+    def oracle(h):
+        trees = zip(*map(pooled, (first, grads, dgrads, PARAMS, dparams, weights)), strict=True)
+        return sum(np.vdot(w, ORACLES[name]([f, g + h * dg], p + h * dp)) for f, g, dg, p, dp, w in trees)
+
+    np.testing.assert_allclose(got, (oracle(1e-5) - oracle(-1e-5)) / 2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +203,7 @@ def test_zero_is_a_legal_number(tx):
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_what_is_not_finite_stays_visible(name, bad):
-    grads = {"bad": jnp.array([1.0, bad, 2.0]), "good": jnp.ones(2)}
+    grads = {"bad": jnp.array([1.0, bad, 2.0]), "good": jnp.ones(3)}
     updates, _ = run(ELEMENTS[name].make("block"), jax.tree.map(jnp.ones_like, grads), grads)
     assert not jnp.isfinite(updates["bad"]).all()
     assert jnp.isfinite(updates["good"]).all()
@@ -216,7 +226,7 @@ TREES = {
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_containers(name, tree):
-    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(3, 4)), jnp.float32)
     grads = TREES[tree](x)
     tx = ELEMENTS[name].make("block")
     updates, _ = run(tx, grads, grads, grads)
@@ -225,7 +235,7 @@ def test_containers(name, tree):
     close(jax.tree.leaves(updates), leaves)
 
 
-@pytest.mark.parametrize("name", ELEMENTS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_states_of_sharded_parameters(name):
     """Flax's boxes say how a parameter is sharded. The norm of a matrix is a scalar and cannot be sharded like it."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -236,7 +246,6 @@ def test_states_of_sharded_parameters(name):
         bias_init = nnx.with_partitioning(nnx.initializers.ones_init(), ("b",))
         return nnx.Linear(4, 8, kernel_init=init, bias_init=bias_init, rngs=nnx.Rngs(0))
 
-    @nnx.jit
     def step():
         optimizer = nnx.Optimizer(module := model(), tx, wrt=nnx.Param)
         optimizer.update(module, nnx.state(module, nnx.Param))
@@ -252,8 +261,8 @@ def test_states_of_sharded_parameters(name):
         state = TrainState.create(apply_fn=None, params=params, tx=tx)
         return state.apply_gradients(grads=params)
 
-    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
-        step()
+    with in_mesh(mesh):
+        nnx.eval_shape(step)
         shardings = linen.get_sharding(jax.eval_shape(init), mesh)
         state = jax.jit(init, out_shardings=shardings)()
     kernel = state.params["params"]["kernel"].value
@@ -261,20 +270,71 @@ def test_states_of_sharded_parameters(name):
     close(kernel, run(tx, jnp.ones((4, 8)), jnp.ones((4, 8)))[0] + 1)
 
 
-@pytest.mark.parametrize("name", ELEMENTS)
-def test_axis_name_gives_what_one_device_gives(name):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    params = {"split": jnp.arange(32.0).reshape(16, 2), "whole": jnp.arange(1, 4.0)}
-    grads = jax.tree.map(lambda p: 3 - p, params)
-    make = partial(ELEMENTS[name].factory, **{ELEMENTS[name].hyper: 0.5})
-    tx, sharded = make(scope="global"), make(scope="global", axis_name="x")
-    specs = {"split": P("x"), "whole": P()}
-    state = tx.init(params)
-    state_specs = optax.tree_map_params(tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P())
+def mesh_of(kind, **sizes):
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
+
+
+# Leaves that are split over both axes of a mesh, over one, and over none.
+LAYOUTS = {"both": P("a", "b"), "columns": P(None, "a"), "whole": P()}
+LAID = {
+    name: jnp.asarray(np.random.default_rng(4).normal(size=shape), jnp.float32)
+    for name, shape in (("both", (4, 8)), ("columns", (2, 4)), ("whole", (5,)))
+}
+
+
+def pooled_across_layouts(path, leaf):
+    return 1 if path == "columns" else "pool"
+
+
+def each_by_itself(path, leaf):
+    return 1 if path == "columns" else "block"
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "check_vma"),
+    [*((name, pooled_across_layouts, True) for name in DISTINCT), ("clip_by_rms", each_by_itself, False)],
+)
+def test_axis_name_gives_what_one_device_gives(name, scope, check_vma):
+    """Where JAX does not track what varies, copies of a leaf may not share a pool with what is split."""
+    make = partial(ELEMENTS[name].factory, **{ELEMENTS[name].hyper: 0.5}, scope=scope)
+    tx, grads = make(), at(jax.tree.map(lambda p: 3 * np.asarray(p)[None, ::-1], LAID), 0)
+    state = tx.update(LAID, tx.init(LAID), LAID)[1]
+    states = optax.tree_map_params(tx, lambda _, spec: spec, state, LAYOUTS, transform_non_params=lambda _: P())
     update = jax.shard_map(
-        sharded.update, mesh=mesh, in_specs=(specs, state_specs, specs), out_specs=(specs, state_specs)
+        make(axis_name=("a", "b")).update,
+        mesh=mesh_of(jax.sharding.AxisType.Auto, a=2, b=4),
+        in_specs=(LAYOUTS, states, LAYOUTS),
+        out_specs=(LAYOUTS, states),
+        check_vma=check_vma,
     )
-    close(jax.jit(update)(grads, state, params), tx.update(grads, state, params), rtol=1e-5)
+    close(jax.jit(update)(grads, state, LAID), tx.update(grads, state, LAID), rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis_name", [None, "x"])
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_scans_of_replicas_under_shard_map(name, axis_name):
+    """Each replica with its own norms, or all with one: either way the types of the state stay."""
+    mesh, params = mesh_of(jax.sharding.AxisType.Auto, x=8), {"a": jnp.ones((8, 4, 3)), "b": jnp.ones((8, 2))}
+    for scope in ("global", "block", -1, lambda path, leaf: "one"):
+        tx = ELEMENTS[name].factory(**{ELEMENTS[name].hyper: 0.5}, scope=scope, axis_name=axis_name)
+        train = jax.shard_map(lambda p, tx=tx: scanned(tx, p)[0], mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+        jax.eval_shape(train, params)
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_scans_on_a_mesh_with_explicit_sharding(name):
+    mesh = mesh_of(jax.sharding.AxisType.Explicit, x=4, y=2)
+    with in_mesh(mesh):
+        params = {
+            "a": jax.device_put(jnp.ones((4, 2, 3)), P("x")),
+            "b": jax.device_put(jnp.ones((4, 2, 2)), P("x", "y")),
+        }
+        for scope in ("global", "block", (1, 2), 0, lambda path, leaf: "one"):
+            tx = ELEMENTS[name].make(scope)
+            _, state = jax.eval_shape(partial(scanned, tx), params)
+            again = jax.eval_shape(tx.update, params, tx.init(params), params)[1]  # init outside of jit
+            assert [s.sharding for s in jax.tree.leaves(state)] == [s.sharding for s in jax.tree.leaves(again)]
+    ELEMENTS[name].make((1, 2)).init(params)  # without the mesh there is nothing for its sharding to refer to
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
@@ -289,16 +349,22 @@ def test_stacked_layers_are_as_layers_by_themselves(name):
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_gradients_of_another_dtype_than_the_parameters(name, x64):
     """Also where a scope goes by the dtype: parameters are pooled as the updates are."""
-    scope = lambda path, leaf: "half" if leaf.dtype == jnp.bfloat16 else "block"  # noqa: E731
-    txs = (ELEMENTS[name].make("block"), ELEMENTS[name].make(scope))
-    for grad_dtype, param_dtype in (("bfloat16", "float32"), ("float32", "float64")):
-        params = {"a": jnp.full(3, 2.0, param_dtype), "b": jnp.full(3, 4.0, param_dtype)}
-        grads = {key: (p * 8).astype(grad_dtype) for key, p in params.items()}
-        for tx in txs:
+    for scope in ("block", lambda path, leaf: "half" if leaf.dtype == jnp.bfloat16 else "block"):
+        tx = ELEMENTS[name].make(scope)
+        for grad_dtype, param_dtype in (("bfloat16", "float32"), ("float32", "float64")):
+            params = {"a": jnp.full(3, 2.0, param_dtype), "b": jnp.full(3, 4.0, param_dtype)}
+            grads = {key: (p * 8).astype(grad_dtype) for key, p in params.items()}
             state = tx.init(params)
-            updates, new = tx.update(grads, state, params)
+            updates, new = jax.eval_shape(tx.update, grads, state, params)
             assert {u.dtype for u in updates.values()} == {jnp.dtype(grad_dtype)}
             assert optax_suite.signature(new) == optax_suite.signature(state)
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_numbers_for_leaves(name):
+    tx = ELEMENTS[name].make("block")
+    got, expected = (run(tx, {"a": leaf}, {"a": leaf}) for leaf in (3.0, jnp.float32(3)))
+    close(got, expected)
 
 
 # -------------------------------------------------------------------------------------------------------------- states
@@ -306,13 +372,61 @@ def test_gradients_of_another_dtype_than_the_parameters(name, x64):
 
 def test_the_state_of_a_clip_is_found_in_a_chain():
     tx = optax.chain(rmsjax.clip_by_rms(1.0, "block"), optax.sgd(0.1, momentum=0.9))
-    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
-    _, state = run(tx, params, {"a": jnp.full(2, 2.0), "b": jnp.full(2, 1.0)}, {"a": jnp.ones(2), "b": jnp.ones(2)})
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
+    _, state = run(tx, params, {"a": jnp.full(3, 2.0), "b": jnp.ones(3)}, {"a": jnp.ones(3), "b": jnp.ones(3)})
     assert optax.tree.get(state, "rms") == {"a": 1, "b": 1}
     assert optax.tree.get(state, "num_updates") == 2
     assert optax.tree.get(state, "num_clipped") == {"a": 1, "b": 0}
     assert state[0].share_clipped == {"a": 0.5, "b": 0}
     assert tx.init(params)[0].share_clipped == {"a": 0, "b": 0}
+
+
+@pytest.mark.parametrize(("scope", "rest"), [("global", ()), (-1, (4, 1)), (0, (1, 3))])
+def test_shares_of_the_states_of_a_vmap(scope, rest):
+    """Or of those that a scan has stacked: their axes come in front, those of a norm behind."""
+    states = jax.vmap(rmsjax.clip_by_rms(1.0, scope).init)(jnp.ones((5, 4, 3)))
+    states = states._replace(num_updates=jnp.arange(5), num_clipped=states.num_clipped + 2)
+    expected = np.broadcast_to(np.reshape([2, 2, 1, 2 / 3, 1 / 2], (5,) + (1,) * len(rest)), (5, *rest))
+    np.testing.assert_allclose(states.share_clipped, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scope", [*SCOPES.values(), lambda path, leaf: "one"])
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_no_two_leaves_of_a_state_share_an_array(name, scope):
+    """Or else a state cannot be donated."""
+    tx = ELEMENTS[name].make(scope)
+    state = tx.init(PARAMS)
+    for states in (state, tx.update(at(GRADS, 0), state, PARAMS)[1]):
+        buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(states)]
+        assert len(set(buffers)) == len(buffers)
+
+
+def test_a_state_can_be_donated():
+    tx = optax.chain(rmsjax.record_rms(ema_decay=0.9), rmsjax.clip_by_relative_rms(0.1))
+    params = {"a": jnp.ones(3)}
+    state = tx.init(params)
+    jax.jit(lambda p, s: tx.update(p, s, p)[1], donate_argnums=1, keep_unused=True)(params, state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_norms_in_a_state_count_as_no_parameters(name, scope):
+    """`optax.tree_map_params` makes shardings for a state; a norm has not the shape that its parameter has."""
+    tx = ELEMENTS[name].make(SCOPES[scope])
+    state = tx.init(PARAMS)
+    marked = optax.tree_map_params(tx, lambda s, p: s.shape == p.shape, state, PARAMS, transform_non_params=lambda _: 0)
+    moments = 2 * len(jax.tree.leaves(PARAMS)) if "stable" in name else 0
+    assert jax.tree.leaves(marked).count(True) == moments
+    assert not any(value is False for value in jax.tree.leaves(marked))
+
+
+def test_every_state_says_what_its_norms_are():
+    states = [value for name, value in vars(rmsjax.transforms).items() if name.endswith("State")]
+    assert len(states) == 5
+    for state in states:
+        assert state.norm_fields
+        assert set(state.norm_fields) <= set(state._fields)
 
 
 def test_what_is_not_clipped_comes_back_as_it_was():
@@ -337,20 +451,11 @@ def test_relative_clip_bounds_the_norm_by_that_of_the_parameters(scope):
     assert all((share == 1).all() for share in jax.tree.leaves(state.share_clipped))
 
 
-def test_relative_clip_is_neutral_in_width():
-    """The same share of the parameters' norm moves in one step, at every width."""
-    shares = []
-    for width in (32, 512):
-        params = jax.random.normal(jax.random.key(0), (width, width)) / np.sqrt(width)
-        updates, _ = run(rmsjax.clip_by_relative_rms(0.01), params, jnp.sin(params))
-        shares.append(rmsjax.rms(updates) / rmsjax.rms(params))
-    close(jnp.stack(shares), jnp.array([0.01, 0.01]), rtol=1e-5)
-
-
-@pytest.mark.parametrize("epsilon", [0.0, 1e-3, 10.0])
+@pytest.mark.parametrize("epsilon", [0.0, 0.5])
 def test_normalize_is_rms_normalize_with_a_target(epsilon):
-    updates, _ = run(rmsjax.normalize_by_rms(0.2, -1, epsilon=epsilon), PARAMS, at(GRADS, 1))
-    close(updates, jax.tree.map(lambda g: 0.2 * rmsjax.rms_normalize(g, epsilon=epsilon), at(GRADS, 1)))
+    grads = at(GRADS, 1)["stack"]
+    updates, _ = run(rmsjax.normalize_by_rms(0.2, -1, epsilon=epsilon), grads, grads)
+    close(updates, 0.2 * rmsjax.rms_normalize(grads, epsilon=epsilon))
 
 
 def test_record_keeps_the_norm_and_its_moving_average():
@@ -365,6 +470,13 @@ def test_record_keeps_the_norm_and_its_moving_average():
         np.testing.assert_allclose(jax.tree.leaves(state.ema_rms), weights @ norms / weights.sum(), rtol=1e-6)
     assert state.num_updates == 4
     assert rmsjax.record_rms().init(PARAMS).ema_rms is None
+
+
+def test_one_broken_update_breaks_the_average():
+    """`optax.apply_if_finite` skips it: tests/optax_suite.py."""
+    _, state = run(rmsjax.record_rms(ema_decay=0.5), jnp.zeros(1), *(jnp.array([g]) for g in (1.0, np.nan, 4.0)))
+    assert state.rms == 4
+    assert jnp.isnan(state.ema_rms)
 
 
 # --------------------------------------------------------------------------------------------------- in optax's place
@@ -384,16 +496,11 @@ def test_global_clip_is_that_of_optax_over_the_root_of_the_count():
         close(run(rmsjax.clip_by_rms(1 / np.sqrt(count)), PARAMS, at(GRADS, step))[0], expected, rtol=1e-6)
 
 
-def digits():
-    images, labels = load_digits(return_X_y=True)
-    return jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
-
-
 def mlp():
-    keys = jax.random.split(jax.random.key(0), 2)
+    rng = np.random.default_rng(0)
+    kernels = (jnp.asarray(rng.normal(size=shape) / 8, jnp.float32) for shape in ((64, 32), (32, 10)))
     return {
-        "hidden": {"kernel": jax.random.normal(keys[0], (64, 32)) / 8, "bias": jnp.zeros(32)},
-        "out": {"kernel": jax.random.normal(keys[1], (32, 10)) / 8, "bias": jnp.zeros(10)},
+        layer: {"kernel": k, "bias": jnp.zeros(k.shape[1])} for layer, k in zip(("hidden", "out"), kernels, strict=True)
     }
 
 
@@ -403,24 +510,33 @@ def loss_of(params, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def train(tx, steps, *, spike_at=None, dtype=jnp.float32):
-    """(losses, states) over training; the gradient of one step may be 10^4 times too large."""
-    images, labels = digits()
+def training(tx, steps, dtype=jnp.float32):
+    """A function that trains on digits and gives (losses, states).
 
-    def step(carry, k):
-        params, state = carry
-        batch = (k * 64 + jnp.arange(64)) % len(labels)
-        loss, grads = jax.value_and_grad(loss_of)(params, images[batch], labels[batch])
-        spike = jnp.where(k == spike_at, 1e4, 1.0) if spike_at is not None else 1.0
-        grads = jax.tree.map(lambda g: (g * spike).astype(dtype), grads)
-        updates, state = tx.update(grads, state, params)
-        params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
-        return (params, state), (loss, state)
+    The gradient of the step that it is given is 10^4 times too large.
+    """
 
-    params = mlp()
-    # Optax adds moments and gradients of different dtypes.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))[1])()
+    @jax.jit
+    def train(images, labels, spike_at):
+        def step(carry, k):
+            params, state = carry
+            batch = (k * 64 + jnp.arange(64)) % len(labels)
+            loss, grads = jax.value_and_grad(loss_of)(params, images[batch], labels[batch])
+            grads = jax.tree.map(lambda g: (g * jnp.where(k == spike_at, 1e4, 1.0)).astype(dtype), grads)
+            updates, state = tx.update(grads, state, params)
+            params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
+            return (params, state), (loss, state)
+
+        params = mlp()
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))[1]
+
+    def call(spike_at=None):
+        images, labels = load_digits(return_X_y=True)
+        # Optax adds moments and gradients of different dtypes.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return train(np.float32(images / 16), np.int32(labels), np.int32(-1 if spike_at is None else spike_at))
+
+    return call
 
 
 def adafactor(clip):
@@ -435,12 +551,15 @@ def adafactor(clip):
 
 
 def big_vision(clip):
-    """A chain as in google-research/big_vision: its Adafactor under a global clip, weight decay, a schedule."""
+    """A chain as in google-research/big_vision: its Adafactor under a global clip, weight decay, a schedule.
+
+    The average is in float32: bfloat16 may round updates that differ by an ulp to numbers that differ by 0.4 %.
+    """
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_factored_rms(min_dim_size_to_factor=32),
         clip,
-        optax.ema(0.9, debias=False, accumulator_dtype=jnp.bfloat16),
+        optax.ema(0.9, debias=False),
         optax.scale(0.03),
         optax.add_decayed_weights(1e-4, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
         optax.scale_by_schedule(optax.warmup_cosine_decay_schedule(0.0, 1.0, 5, 40)),
@@ -448,13 +567,14 @@ def big_vision(clip):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("chain", [adafactor, big_vision])
 def test_drop_in_for_the_block_clip_of_optax(chain):
     """Equal training curves, where the clip acts at some steps."""
     theirs = optax.clip_by_block_rms(1.0)
-    expected, _ = train(optax.adafactor(0.05, 16) if chain is adafactor else chain(theirs), 40)
-    got, states = train(chain(rmsjax.clip_by_rms(1.0, "block")), 40)
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    expected, _ = training(optax.adafactor(0.05, 16) if chain is adafactor else chain(theirs), 40)()
+    got, states = training(chain(rmsjax.clip_by_rms(1.0, "block")), 40)()
+    np.testing.assert_allclose(got, expected, rtol=2e-6)
     assert expected[-1] < 0.8 * expected[0]
     clipped = optax.tree.get(at(states, -1), "num_clipped")
     assert any(0 < n < 40 for n in jax.tree.leaves(clipped))
@@ -468,18 +588,20 @@ COUNT = 64 * 32 + 32 + 32 * 10 + 10
 MAX_RMS = MAX_NORM / np.sqrt(COUNT)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_spike(dtype):
     """One batch x 10^4 under AdamW. Without a clip training stalls; with ours it recovers, and the state tells."""
 
-    def with_clip(clip, spike_at):
+    def with_clip(clip):
         to_float32 = optax.stateless_with_tree_map(lambda u, _: u.astype(jnp.float32))  # AdamW squares what it is given
-        return train(optax.chain(clip, to_float32, optax.adamw(3e-3)), STEPS, spike_at=spike_at, dtype=dtype)
+        return training(optax.chain(clip, to_float32, optax.adamw(3e-3)), STEPS, dtype)
 
-    calm, _ = with_clip(optax.identity(), None)
-    bare, _ = with_clip(optax.identity(), SPIKE)
-    theirs, _ = with_clip(optax.clip_by_global_norm(MAX_NORM), SPIKE)
-    ours, (state, *_) = with_clip(rmsjax.clip_by_rms(MAX_RMS), SPIKE)
+    unclipped = with_clip(optax.identity())
+    calm, _ = unclipped()
+    bare, _ = unclipped(SPIKE)
+    theirs, _ = with_clip(optax.clip_by_global_norm(MAX_NORM))(SPIKE)
+    ours, (state, *_) = with_clip(rmsjax.clip_by_rms(MAX_RMS))(SPIKE)
 
     last = slice(-10, None)
     assert bare[last].mean() > 1.5 * calm[last].mean()
@@ -490,21 +612,22 @@ def test_spike(dtype):
     before = state.rms[SPIKE - 10 : SPIKE].mean()
     assert state.rms.argmax() == SPIKE
     assert 3e3 < state.rms[SPIKE] / before < 3e4
-    assert state.num_clipped[SPIKE] == state.num_clipped[SPIKE - 1] + 1
-    assert state.num_updates[SPIKE] == SPIKE + 1
-    assert at(state, SPIKE).share_clipped < 0.5
+    assert state.num_clipped[SPIKE - 1] == 0
+    assert state.num_clipped[SPIKE] == 1
+    assert state.share_clipped[SPIKE] == np.float32(1 / (SPIKE + 1))
 
 
 def test_a_spike_in_float16_is_clipped_and_not_erased():
     """The sum of its squares overflows: optax takes the step for infinite, divides by it, and reports no fault."""
-    grads = jax.tree.map(lambda g: (g * 1e4).astype(jnp.float16), mlp())
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    grads = jax.tree.map(lambda g: jnp.asarray(np.float16(1e4 * np.asarray(g))), mlp())
+    flat = np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)]).astype(np.float64)
+    assert np.isfinite(flat).all()
     erased, state = run(optax.apply_if_finite(optax.clip_by_global_norm(MAX_NORM), 3), grads, grads)
-    assert not any(u.any() for u in jax.tree.leaves(erased))
+    assert not any(np.any(u) for u in jax.tree.leaves(erased))
     assert state.total_notfinite == 0
     clipped, state = run(rmsjax.clip_by_rms(MAX_RMS), grads, grads)
-    np.testing.assert_allclose(rmsjax.tree_rms(clipped), MAX_RMS, rtol=1e-3)
-    flat = np.concatenate([np.ravel(g).astype(np.float64) for g in jax.tree.leaves(grads)])
+    got = np.concatenate([np.ravel(u) for u in jax.tree.leaves(clipped)]).astype(np.float64)
+    np.testing.assert_allclose(root_mean_square(got), MAX_RMS, rtol=1e-3)
     np.testing.assert_allclose(state.rms, root_mean_square(flat), rtol=1e-6)
     assert state.num_clipped == 1
 
@@ -530,6 +653,10 @@ def stable_trajectory():
 
 
 def assert_same_trajectory(got, expected):
+    """To 1e-5 of the largest element of each tensor at each step: an element that crosses zero has no relative error.
+
+    Measured against torch 2.13 with torch-optimi 0.3.3 over all 200 steps: 3.1e-6.
+    """
     for name, values in expected.items():
         for g, e in zip(got[name], values, strict=True):
             np.testing.assert_allclose(g, e, rtol=0, atol=1e-5 * np.abs(e).max())
@@ -549,16 +676,16 @@ def test_stable_adamw_follows_torch_optimi(stable_trajectory):
 
 def test_stable_adam_without_a_spike_is_adam():
     """Constant gradients do not outgrow their average."""
-    params, grads = PARAMS, [at(GRADS, 0)] * 3
+    params, grads = jnp.zeros(3), [jnp.array([3.0, -0.1, 1e-5])] * 3
     with jax.numpy_dtype_promotion("standard"):
         expected, _ = run(optax.scale_by_adam(b2=0.99, eps=1e-6), params, *grads)
     updates, state = run(rmsjax.scale_by_stable_adam(), params, *grads)
     close(updates, expected, rtol=1e-4)
-    assert not any(jax.tree.leaves(state.num_clipped))
+    assert state.num_clipped == 0
 
 
 def test_decay_slows_with_the_step_and_keeps_to_its_mask():
-    params = {"kernel": jnp.full(4, 2.0), "bias": jnp.full(4, 2.0)}
+    params = {"kernel": jnp.full(3, 2.0), "bias": jnp.full(3, 2.0)}
     grads = [jax.tree.map(lambda p, s=s: s * p, params) for s in (0.0, 1.0)]
     mask = {"kernel": True, "bias": False}
     _, state = run(plain := rmsjax.scale_by_stable_adam(), params, *grads)
@@ -609,6 +736,8 @@ def test_b2_near_one_is_not_rounded():
         (lambda: rmsjax.stable_adamw(1e-3, b2=1), ValueError, "scale_by_stable_adam: b2 must be below 1"),
         (lambda: rmsjax.stable_adamw(1e-3, eps=-1e-8), ValueError, "scale_by_stable_adam: eps must be at least 0"),
         (lambda: rmsjax.stable_adamw(1e-3, weight_decay=-1), ValueError, "weight_decay must be at least 0"),
+        (lambda: rmsjax.stable_adamw("1e-3"), TypeError, "stable_adamw: learning_rate must be a number known .*'1e-3'"),
+        (lambda: rmsjax.stable_adamw(np.nan), ValueError, "stable_adamw: learning_rate must be finite, got nan"),
     ],
 )
 def test_bad_numbers(make, error, message):
@@ -632,11 +761,16 @@ def test_bad_trees_and_scopes(name):
         optax.inject_hyperparams(ELEMENTS[name].factory)(**{ELEMENTS[name].hyper: 0.5}, scope=0).init(jnp.ones(3))
 
 
-@pytest.mark.parametrize("name", [name for name in ELEMENTS if "stable" not in name])
+@pytest.mark.parametrize("name", ELEMENTS)
 def test_updates_of_another_structure_than_at_init(name):
-    tx = ELEMENTS[name].make("block")
-    with pytest.raises(ValueError, match=f"{name}: updates must have the structure of the params that init was given"):
-        tx.update({"a": jnp.ones(3)}, tx.init({"a": jnp.ones(3), "b": jnp.ones(3)}), {"a": jnp.ones(3)})
+    function = "scale_by_stable_adam" if name == "stable_adamw" else name
+    tx, given = ELEMENTS[name].make("block"), {"a": jnp.ones((1, 3)), "b": jnp.ones(3)}
+    for updates in ({"a": jnp.ones((1, 3))}, given | {"b": None}, given | {"c": jnp.ones(3)}):
+        with pytest.raises(ValueError, match=f"{function}: updates must have the structure of the params that init"):
+            jax.eval_shape(tx.update, updates, tx.init(given), updates)
+    tx, updates = ELEMENTS[name].make(0), given | {"a": jnp.ones((3, 1))}
+    with pytest.raises(ValueError, match=f"{function}: updates must have the shapes .* at 'a' has shape"):
+        jax.eval_shape(tx.update, updates, tx.init(given), updates)
 
 
 @pytest.mark.parametrize("name", ["clip_by_relative_rms", "stable_adamw"])
@@ -646,13 +780,58 @@ def test_missing_params(name):
         tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
 
 
-def test_params_that_do_not_fit_the_updates():
-    tx = rmsjax.clip_by_relative_rms(0.1)
-    grads = {"a": jnp.ones(3), "b": jnp.ones(2)}
-    for params, expected in (
-        ({"a": jnp.ones(3), "b": jnp.ones(4)}, r"expected 'b' of shape \(2,\), got 'b' of shape \(4,\)"),
-        ({"a": jnp.ones(3)}, r"expected 'b' of shape \(2,\), got nothing"),
-        (grads | {"c": jnp.ones(1)}, r"expected nothing, got 'c' of shape \(1,\)"),
+@pytest.mark.parametrize("name", ["clip_by_relative_rms", "stable_adamw"])
+def test_params_that_do_not_fit_the_updates(name):
+    tx, grads = ELEMENTS[name].make("block"), {"a": jnp.ones(3), "b": jnp.ones(2)}
+    for params, error, message in (
+        (
+            {"a": jnp.ones(3), "b": jnp.ones(4)},
+            ValueError,
+            r"leaf 'b' of params must have the shape .*, \(2,\), got \(4,\)",
+        ),
+        (
+            {"a": jnp.ones(3), "b": {"c": jnp.ones(2)}},
+            TypeError,
+            "leaf 'b' of params must be an array of numbers, got {",
+        ),
+        ({"a": jnp.ones(3), "b": None}, TypeError, "leaf 'b' of params must be an array of numbers, got None"),
+        ({"a": jnp.ones(3)}, ValueError, "structure of the updates: leaf 'b' is in one of them alone"),
+        (
+            {"a": jnp.ones(3), "c": jnp.ones(2)},
+            ValueError,
+            "structure of the updates: leaf 'b' is in one of them alone",
+        ),
+        (grads | {"c": jnp.ones(1)}, ValueError, "structure of the updates: leaf 'c' is in one of them alone"),
+        (linen.FrozenDict(grads), ValueError, r"structure of the updates: expected .*, got FrozenDict"),
     ):
-        with pytest.raises(ValueError, match=f"params must have the leaves of the updates: {expected}"):
-            tx.update(grads, tx.init(grads), params)
+        with pytest.raises(error, match=message):
+            jax.eval_shape(lambda params=params: tx.update(grads, tx.init(grads), params))
+
+
+@pytest.mark.parametrize("name", ["clip_by_relative_rms", "stable_adamw"])
+def test_params_may_be_a_whole_model(name):
+    """As in optax and Equinox: what has None for its update is no parameter."""
+    tx, params = ELEMENTS[name].make("block"), {"a": jnp.full(3, 4.0), "b": None, "c": None}
+    got = run(tx, params, params)
+    state = tx.init(params)
+    close(tx.update(params, state, params | {"b": jnp.tanh, "c": jnp.arange(2)}), got)
+
+
+def test_a_learning_rate_has_its_sign_however_it_is_given():
+    """As in optax: below zero it ascends."""
+    params = {"a": jnp.ones(3)}
+    expected, _ = run(optax.chain(rmsjax.scale_by_stable_adam(weight_decay=1e-2), optax.scale(0.5)), params, params)
+    injected = optax.inject_hyperparams(rmsjax.stable_adamw)
+    for tx in (
+        rmsjax.stable_adamw(-0.5),
+        rmsjax.stable_adamw(lambda step: -0.5),
+        injected(-0.5),
+        (traced := injected(lambda step: -0.5))._replace(update=jax.jit(traced.update)),
+    ):
+        close(run(tx, params, params)[0], expected)
+
+
+@pytest.mark.parametrize("module", [rmsjax.transforms, rmsjax.penalties, rmsjax.report])
+def test_all_that_is_public_is_named_as_such(module):
+    own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    assert {name for name in own if not name.startswith("_")} == set(module.__all__)
