@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmsjax._reduce import UNMAPPED
+from rmsjax._text import text_table
 from rmsjax._tree import Scope, group, leaf_paths, measure
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class RMSReport(Sequence[RMSRow]):
         >>> len(report), report[-1].path
         (2, 'w')
         >>> report[1:]
-        path  shape  dtype    rms
-        w     (2,)   float32  1
+        path  shape    dtype  rms
+        w      (2,)  float32    1
     """
 
     def __init__(self, rows: Iterable[RMSRow]) -> None:
@@ -76,10 +77,7 @@ class RMSReport(Sequence[RMSRow]):
         return [list(kept), *([cell or "" for cell in line] for line in zip(*kept.values(), strict=True))]
 
     def __repr__(self) -> str:
-        table = self._table()
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table)
-        return "\n".join(lines)
+        return "\n".join(map(str.rstrip, text_table(self._table()).splitlines()))
 
     def _repr_html_(self) -> str:
         head, *body = [[html.escape(cell) for cell in line] for line in self._table()]
@@ -115,10 +113,10 @@ def rms_report(
         >>> from rmsjax import rms_report
         >>> params = {"in": jnp.full((64, 32), 0.1), "out": jnp.full((32, 10), 12.0), "scale": jnp.full(32, 0.2)}
         >>> rms_report(params, order="worst")
-        path   shape     dtype    rms
-        out    (32, 10)  float32  12
+        path      shape    dtype  rms
+        out    (32, 10)  float32   12
         in     (64, 32)  float32  0.1
-        scale  (32,)     float32  0.2
+        scale     (32,)  float32  0.2
 
     Source: paths as `jax.tree_util.keystr` writes them; one line a tensor as in `flax.linen.tabulate`.
     """
