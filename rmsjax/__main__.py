@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ["steps clipped", *(f"{run.share_clipped:.0%}" for run in runs)],
     ]
     print(f"\n3. Training: {args.steps} steps, gradients clipped to an RMS of {MAX_RMS:g}\n\n{text_table(rows)}")
-    print("\nOne learning rate serves all. How gradients scale with width is a matter of the model; Adam undoes it.")
+    print("\nAll share one learning rate. How gradients scale with width is a matter of the model; Adam undoes it.")
 
     draw(record).savefig(args.out, dpi=DPI)
     print(f"\nPicture of the coordinate check: {args.out}")
