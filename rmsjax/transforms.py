@@ -407,8 +407,8 @@ def _params_of(function: str, updates: PyTree, params: PyTree | None) -> PyTree:
         leaves.append(as_numeric(function, f"leaf {path!r} of params", param))
         if leaves[-1].shape != jnp.shape(update):
             raise ValueError(
-                f"{function}: leaf {path!r} of params must have the shape of its update, {jnp.shape(update)}, "
-                f"got {leaves[-1].shape}"
+                f"{function}: params must have the shapes of the updates: expected {path!r} of shape "
+                f"{jnp.shape(update)}, got {path!r} of shape {leaves[-1].shape}"
             )
     return jax.tree.unflatten(jax.tree.structure(updates), leaves)
 

@@ -787,7 +787,7 @@ def test_params_that_do_not_fit_the_updates(name):
         (
             {"a": jnp.ones(3), "b": jnp.ones(4)},
             ValueError,
-            r"leaf 'b' of params must have the shape .*, \(2,\), got \(4,\)",
+            r"shapes of the updates: expected 'b' of shape \(2,\), got 'b' of shape \(4,\)",
         ),
         (
             {"a": jnp.ones(3), "b": {"c": jnp.ones(2)}},
