@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from rmsjax._reduce import Mapped
 
+_CONVERTIBLE = (np.ndarray, np.generic, bool, int, float, complex, list, tuple)
 _KINDS = {
     jnp.bool_: "booleans",
     jnp.number: "numbers",
@@ -26,16 +27,21 @@ _KINDS = {
 }
 
 
-def as_numeric(function: str, argument: str, x: Any, *, kind: Any = jnp.number, hint: str = "") -> Array:
-    """x as an array; TypeError unless its dtype is of the kind, one of `_KINDS`."""
-    dtype = None if isinstance(x, jax.ShapeDtypeStruct) else getattr(x, "dtype", None)
-    if dtype is None and isinstance(x, (bool, int, float, complex, list, tuple)):
-        with contextlib.suppress(ValueError):  # a ragged list
-            dtype = np.asarray(x).dtype
-    if dtype is None or not jnp.issubdtype(dtype, kind):
-        got = f"dtype {dtype}" if dtype is not None else f"{x!r:.80}"
+def as_numeric(
+    function: str, argument: str, x: Any, *, kind: Any = jnp.number, hint: str = "", abstract: bool = False
+) -> Array:
+    """x as an array; TypeError unless its dtype is of the kind, one of `_KINDS`. A shape without data may pass."""
+    if isinstance(x, Array) or (abstract and isinstance(x, jax.ShapeDtypeStruct)):
+        array: Any = x  # as it is: a conversion would be one more operation, and see what a mask is to hide
+    else:
+        array = None
+        if isinstance(x, _CONVERTIBLE) or hasattr(x, "__jax_array__"):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):  # a string, a ragged list, 2**40
+                array = jnp.asarray(x)
+    if array is None or not jnp.issubdtype(array.dtype, kind):
+        got = f"{x!r:.80}" if array is None else f"dtype {array.dtype}"
         raise TypeError(f"{function}: {argument} must be an array of {_KINDS[kind]}, got {got}.{hint}")
-    return jnp.asarray(x)
+    return array
 
 
 def as_axes(
@@ -53,7 +59,7 @@ def as_axes(
     except TypeError:
         raise TypeError(f"{function}: {argument} must be an integer or a tuple of integers, got {axis!r}") from None
     if not given:
-        raise ValueError(f"{function}: {argument} is empty; name at least one axis, or None for all of them")
+        raise ValueError(f"{function}: {argument} is empty; name at least one axis of shape {shape}")
     for a in given:
         if not -ndim <= a < ndim:
             raise ValueError(f"{function}: {argument} {a} is out of range for shape {shape}, which has {ndim} axes")
@@ -67,6 +73,9 @@ def as_mapped(function: str, axis_name: str | Sequence[str] | None, groups: Any 
     """The mapped axes of an `axis_name` argument; ValueError for one that is not bound here."""
     names: tuple[Any, ...] = tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
     names = () if axis_name is None else names
+    groups = None if groups is None else _as_groups(function, groups)
+    if groups and not names:
+        raise ValueError(f"{function}: axis_index_groups needs an axis_name, of the devices that it groups; got none")
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"{function}: axis_name must be a string or a tuple of strings, got {axis_name!r:.80}")
@@ -77,11 +86,17 @@ def as_mapped(function: str, axis_name: str | Sequence[str] | None, groups: Any 
                 f"{function}: axis_name {name!r} is not bound; it must name an axis of a surrounding shard_map, pmap "
                 "or vmap(axis_name=...). Under plain jit leave it out: sharded arrays need no axis name."
             ) from None
-    if groups is None:
-        return Mapped(names)
-    if len({len(group) for group in groups}) != 1:
-        raise ValueError(f"{function}: axis_index_groups must be of equal size, got {groups}")
-    return Mapped(names, tuple(tuple(group) for group in groups))
+    return Mapped(names, groups)
+
+
+def _as_groups(function: str, groups: Any) -> tuple[tuple[int, ...], ...]:
+    try:
+        found = tuple(tuple(map(operator.index, group)) for group in groups)
+    except TypeError:
+        raise TypeError(f"{function}: axis_index_groups must be groups of integers, got {groups!r:.80}") from None
+    if len(set(map(len, found))) != 1:
+        raise ValueError(f"{function}: axis_index_groups must be of equal size, got {groups!r:.80}")
+    return found
 
 
 def as_mask(function: str, where: Any, shape: tuple[int, ...], *, argument: str = "where") -> Array | None:
@@ -96,8 +111,9 @@ def as_mask(function: str, where: Any, shape: tuple[int, ...], *, argument: str 
 
 
 def as_number(function: str, argument: str, value: Any, *, least: float = -math.inf) -> float:
-    """A finite static number that is not below `least`."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.number)):
+    """A finite number, known at trace time, that is not below `least`."""
+    is_array = isinstance(value, (Array, np.ndarray, np.generic)) and np.ndim(value) == 0 and value.dtype != bool
+    if isinstance(value, (bool, Tracer)) or not (is_array or isinstance(value, numbers.Real)):
         raise TypeError(f"{function}: {argument} must be a number known at trace time, got {value!r:.80}")
     if not (math.isfinite(float(value)) and float(value) >= least):
         bound = "finite" if least == -math.inf else f"finite and at least {least:g}"
@@ -123,7 +139,7 @@ def as_threshold(function: str, argument: str, value: Any) -> Any:
 
     A schedule that runs below zero would otherwise turn the sign of what it scales.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return jnp.where(value < 0, 0, value)  # not `maximum`, whose derivative at 0 is 1/2
     array = np.asarray(value)
     if array.ndim or not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):

@@ -52,8 +52,11 @@ def apply_layer(
 ) -> Array:
     """The forward pass; the result has `dtype`, or the wider one of the dtypes of x and scale."""
     if dtype is None and scale is not None and hasattr(x, "dtype"):
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.promote_types(x.dtype, scale.dtype)
+        if x.dtype.itemsize == 1:  # JAX promotes no float8
+            dtype = scale.dtype
+        else:
+            with jax.numpy_dtype_promotion("standard"):
+                dtype = jnp.promote_types(x.dtype, scale.dtype)
     return normalize(
         "RMSNorm",
         x,
@@ -81,15 +84,15 @@ def as_features(num_features: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in given)
 
 
-def check_features(x: Any, num_features: Sequence[int], feature_axes: Axes) -> None:
-    """ValueError that names both sizes and the axis if the scale does not fit x."""
+def check_features(x: Any, sizes: Sequence[int], feature_axes: Axes, *, given: str, fix: str) -> None:
+    """ValueError unless x has these sizes along the feature axes; `given` says whose they are, `fix` what to do."""
     shape = as_numeric("RMSNorm", "x", x).shape
     axes = as_axes("RMSNorm", feature_axes, shape, argument="feature_axes")
     found = tuple(shape[a] for a in axes)
-    if found != tuple(num_features):
+    if found != tuple(sizes):
         raise ValueError(
-            f"RMSNorm: num_features is {_listed(num_features)}, but axis {_listed(axes)} of x with shape {shape} "
-            f"has size {_listed(found)}; make the layer with num_features={_listed(found)}, or set feature_axes"
+            f"RMSNorm: {given} {_listed(sizes)}, but axis {_listed(axes)} of x with shape {shape} has size "
+            f"{_listed(found)}; {fix.format(_listed(found))}, or set feature_axes"
         )
 
 

@@ -20,10 +20,11 @@ from rmsjax._reduce import (
     Plan,
     Pool,
     accumulator_dtype,
+    along,
     cpu_barrier,
+    direction,
     divide4,
     lift,
-    mean_product,
     times,
 )
 
@@ -39,15 +40,20 @@ def _check_extent(function: str, shape: tuple[int, ...], axes: tuple[int, ...]) 
         raise ValueError(f"{function}: cannot average over no elements: shape {shape} has 0 of them along axis {axes}")
 
 
-def _masked(x: Array, where: Array | None, axes: tuple[int, ...], mapped: Mapped) -> tuple[Array, PerPool | None]:
-    """x with zeros where it is masked out, and how many elements are left to average over."""
+def _keep(x: Array, where: Array | None) -> Array:
+    """x with zeros where it is masked out."""
+    return x if where is None else jnp.where(where, x, jnp.zeros((), x.dtype))
+
+
+def _counts(plan: Plan, x: Array, where: Array | None, axes: tuple[int, ...], mapped: Mapped) -> PerPool | None:
+    """How many elements a mask leaves to average over, on all devices."""
     if where is None:
-        return x, None
-    x = jnp.where(where, x, jnp.zeros((), x.dtype))
-    kept = jnp.sum(where, axes, keepdims=True, dtype=jnp.uint32)
+        return None
+    *others, last = axes
+    kept = jnp.sum(where, last, keepdims=True, dtype=jnp.uint32)  # exact, and along one axis it cannot overflow
+    kept = jnp.sum(kept.astype(plan.dtype), others, keepdims=True)
     over_x, over_kept = mapped.over(x), mapped.over(kept)  # a mask may be the same on devices that x is split over
-    kept = over_kept.psum(kept) * (over_x.shards() // over_kept.shards())
-    return x, PerPool(None, (kept.astype(accumulator_dtype(x.dtype)),))
+    return PerPool((over_kept.psum(kept) * (over_x.shards() // over_kept.shards()),), plan.slots)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rms
@@ -67,9 +73,9 @@ def rms(
     the only rotation-invariant norm with such a property, which makes it a ruler for comparing layers of any width.
 
     Right for every finite input, also where the squares overflow or underflow: for up to 4096 elements within 4 units
-    in the last place, 17 at worst on a CPU, where one element may so exceed the others that every addition rounds the
-    same way. Zero has the norm 0 and there the derivative 0, in both modes. NaN gives NaN, inf gives inf.
-    Subnormal numbers count as 0 on platforms where XLA flushes them (CPU among them), and so does a subnormal result.
+    in the last place (on a CPU 24 at worst, if the elements are such that all additions round in the same direction).
+    Zero has the norm 0 and there the derivative 0, in both modes. NaN gives NaN, inf gives inf. Subnormal numbers
+    count as 0 on platforms where XLA flushes them (CPU among them), and so does a subnormal result.
 
     Args:
         x: integers, floats or complex numbers of any shape.
@@ -98,7 +104,9 @@ def rms(
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467), section 4.
     """
-    x = as_numeric("rms", "x", x, hint="" if hasattr(x, "dtype") else " For a tree of arrays there is tree_rms.")
+    x = as_numeric(
+        "rms", "x", x, hint=" For a tree of arrays there is tree_rms." if isinstance(x, (dict, list, tuple)) else ""
+    )
     axes = as_axes("rms", axis, x.shape)
     _check_extent("rms", x.shape, axes)
     where = as_mask("rms", where, x.shape)
@@ -108,9 +116,9 @@ def rms(
 # Inline, so that the caller's jit sees the operations; jitted, since an eager `cond` would compile at each call.
 @partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
 def _rms(x: Array, where: Array | None, axes: tuple[int, ...], keepdims: bool, mapped: Mapped) -> Array:
-    x, counts = _masked(x, where, axes, mapped)
+    x = _keep(x, where)
     plan = _reduce.make_plan([x], [Pool((0,), axes)], mapped=mapped)
-    (norms,) = _reduce.root_mean_square(plan, [x], counts).rows
+    (norms,) = _reduce.root_mean_square(plan, [x], _counts(plan, x, where, axes, mapped)).values
     return norms if keepdims else norms.reshape([n for a, n in enumerate(x.shape) if a not in axes])
 
 
@@ -136,8 +144,8 @@ def rms_normalize(
 
     Args:
         x: floats or complex numbers of any shape with at least one axis.
-        scale: the gain, either of the shape of the normalised axes, in their order, or of the rank of x with each axis
-            of size 1 or that of x.
+        scale: the gain, either of the shape of the normalised axes, in the order that they have in x, or of the rank of
+            x with each axis of size 1 or that of x.
         axis: the axis or axes to pool; None pools all of them.
         epsilon: what is added to the mean square, inside the root.
         scale_offset: added to the scale. 1.0 is the convention of Gemma, with a scale that starts at zero.
@@ -217,9 +225,11 @@ class _Spec(NamedTuple):
 
 @partial(jax.jit, static_argnums=3, inline=True)
 def _normalize(x: Array, scale: Array | None, where: Array | None, spec: _Spec) -> Array:
-    x, counts = _masked(x, where, spec.axes, spec.mapped)
-    plan = _reduce.make_plan([x], [Pool((0,), spec.axes)], epsilon=spec.epsilon, mapped=spec.mapped)
-    return _divided(spec, plan, x, scale, counts)
+    x = _keep(x, where)
+    plan = _reduce.make_plan(
+        [x], [Pool((0,), spec.axes)], epsilon=spec.epsilon, mapped=spec.mapped, result_dtype=spec.dtype
+    )
+    return _divided(spec, plan, x, scale, _counts(plan, x, where, spec.axes, spec.mapped))
 
 
 # Up to here it is ordinary JAX code. The derivative is given by hand for the sake of the backward pass: left to itself,
@@ -250,7 +260,7 @@ def _(spec: _Spec, plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Arra
 
 def _root(plan: Plan, x: Array, counts: PerPool | None) -> Array:
     # Behind a barrier, or the float32 copy of x would be shared with the division.
-    return _reduce.root_mean_square(plan, [cpu_barrier(x)], counts).rows[0]
+    return _reduce.root_mean_square(plan, [cpu_barrier(x)], counts).values[0]
 
 
 def _lift(spec: _Spec, x: Array) -> Array:
@@ -271,13 +281,16 @@ def _divide(spec: _Spec, x: Array, scale: Array | None, root: Array) -> Array:
 def _along_x(
     spec: _Spec, plan: Plan, x: Array, scale: Array | None, root: Array, counts: PerPool | None, dx: Array
 ) -> Array:
-    """dy = (dx/rho - x/rho * mean(Re(conj(x/rho) dx))/rho) * gain."""
+    """dy = (w - v (v.w)) gain, with w = dx/rho and v = x/(rho sqrt(n)).
+
+    In this order, since w is about 1 where dx is about x, as is the cotangent that the way back begins with.
+    """
     x, root, scale = cpu_barrier((x, root, scale))
-    count = plan.sizes.rows[0] if counts is None else counts.rows[0]
-    # A quarter of the mean, for divide4 to give mean/rho: with a division after it XLA:CPU stores x/rho in full.
-    quarter = mean_product(x, root, dx, spec.axes, plan.mapped[0], 4 * count)
-    dy = divide4(_lift(spec, dx), root) - times(divide4(_lift(spec, x), root), divide4(quarter, root))
-    return _times_quarter_gain(spec, dy, scale)
+    count = plan.sizes[0] if counts is None else counts.values[0]
+    across = divide4(_lift(spec, dx), root)
+    product = along(x, root, across, spec.axes, plan.mapped[0], count)
+    across = across - times(direction(_lift(spec, x), root, count), product)
+    return _times_quarter_gain(spec, across, scale)
 
 
 @_keeps_its_arguments

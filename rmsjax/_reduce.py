@@ -8,7 +8,8 @@ of the naive sum in the common case, and differentiable in both modes. The rest 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
@@ -19,10 +20,6 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
-
-# Leaves below this many elements are joined before they are reduced, this many at a time: XLA:CPU compiles one kernel
-# for each reduction, and that, not the reading of memory, is the cost of a tree of many small leaves.
-_SMALL, _GROUP = 4096, 64
 
 T = TypeVar("T")
 
@@ -38,27 +35,62 @@ class Pool(NamedTuple):
     axes: tuple[int, ...] | None = None
 
 
-class PerPool(NamedTuple):
-    """An entry for each pool: a vector over the pools without axes (None without any), an array for each other."""
+class Slot(NamedTuple):
+    """A place in a `PerPool`: which pools have their entries there, and which leaves these are computed from.
 
-    scalars: Any
-    rows: tuple[Any, ...]
+    A slot with axes holds the array of one pool of one leaf. One without is a vector with an entry for each pool: for
+    a single pool, whose leaves are all those in the bundles, or for several of one leaf each, the rows of one bundle.
+    A bundle is a number of leaves that are handled together.
+    """
 
-    def entries(self, pools: Sequence[Pool]) -> list[Any]:
+    pools: tuple[int, ...]
+    axes: tuple[int, ...] | None
+    bundles: tuple[tuple[int, ...], ...]
+
+    def members(self, pool: int) -> tuple[int, ...]:
+        """The leaves of a pool, those without elements left out."""
+        if len(self.pools) > 1:
+            return (self.bundles[0][self.pools.index(pool)],)
+        return tuple(i for bundle in self.bundles for i in bundle)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PerPool:
+    """An entry for each pool, many of them to an array: so a tree of many leaves takes few operations."""
+
+    values: tuple[Any, ...]
+    slots: tuple[Slot, ...] = field(metadata={"static": True})
+
+    def entries(self) -> list[Any]:
         """The entries one by one, in the order of the pools."""
-        scalars = iter(range(len(pools)))
-        rows = iter(self.rows)
-        return [self.scalars[next(scalars)] if pool.axes is None else next(rows) for pool in pools]
+        found: dict[int, Any] = {}
+        for value, slot in zip(self.values, self.slots, strict=True):
+            for k, pool in enumerate(slot.pools):
+                found[pool] = lax.index_in_dim(value, k, keepdims=False) if slot.axes is None else value
+        return [found[pool] for pool in range(len(found))]
+
+    def in_slots_of(self, other: PerPool) -> PerPool:
+        """The same entries in the slots of another."""
+        return self if self.slots == other.slots else in_slots(other.slots, self.entries(), jnp.stack)
+
+
+def in_slots(slots: tuple[Slot, ...], entries: Sequence[Any], stack: Callable[[list[Any]], Any]) -> PerPool:
+    """The entries of all pools in their slots; `stack` makes a vector of some."""
+    values = (
+        stack([entries[p] for p in slot.pools]) if slot.axes is None else entries[slot.pools[0]] for slot in slots
+    )
+    return PerPool(tuple(values), slots)
 
 
 class Plan(NamedTuple):
     """What is static about one call of `root_mean_square`; `make_plan` makes it."""
 
-    pools: tuple[Pool, ...]
+    slots: tuple[Slot, ...]
     epsilon: float
     dtype: np.dtype[Any]  # of sums and result
     mapped: tuple[Mapped, ...]  # for each leaf, the mapped axes that it is summed over
-    sizes: PerPool  # the number of elements of each pool, over all devices
+    sizes: tuple[float, ...]  # the number of elements of each pool, over all devices
 
 
 # ------------------------------------------------------------------------------------------------------ numeric tricks
@@ -107,8 +139,8 @@ def split_ratio(numerator: Array | float, denominator: Array) -> tuple[Array, Ar
     tiny = float(jnp.finfo(denominator.dtype).tiny)
     nonzero = (denominator != 0) & (numerator != 0)  # 0 is no ratio to scale by: denominator * tiny may be 0 too
     safe = jnp.where(nonzero, denominator, 1)
-    ratio = numerator / safe
-    a = jnp.where(ratio < tiny, tiny, jnp.where(ratio > 1 / tiny, 1 / tiny, 1)).astype(denominator.dtype)
+    is_small, is_large = numerator < safe * tiny, safe < numerator * tiny
+    a = jnp.where(is_small, tiny, jnp.where(is_large, 1 / tiny, 1)).astype(denominator.dtype)
     return a, jnp.where(nonzero, numerator / (safe * a), 0)
 
 
@@ -167,9 +199,9 @@ def _window(dtype: np.dtype[Any]) -> _Window:
 
 
 def _squares_fit(dtype: Any, accumulator: np.dtype[Any]) -> bool:
-    """Whether no square of this dtype leaves the accumulator's range: float8, float16 and integers in float32."""
+    """Whether no sum of squares of this dtype leaves the accumulator's range: float8, float16, 32-bit integers."""
     if not jnp.issubdtype(dtype, jnp.inexact):
-        return True
+        return np.dtype(dtype).itemsize <= 4
     x, acc = jnp.finfo(dtype), jnp.finfo(accumulator)
     return 2 * int(x.maxexp) + 64 < int(acc.maxexp) and 2 * (int(x.minexp) - int(x.nmant)) > int(acc.minexp)
 
@@ -213,108 +245,125 @@ class Mapped(NamedTuple):
 UNMAPPED = Mapped()
 
 
-def _is_partitioned(x: Array) -> bool:
-    """Whether jit may have split x over a mesh. Such a leaf is not joined with others: that would gather it."""
+def _may_be_partitioned(x: Array) -> bool:
+    """Whether jit may split x over devices. A reshape, or joining it with others, would then gather it.
+
+    Of an array that is yet to be placed the mesh is empty here, and `in_shardings` may still split it.
+    """
     mesh: Any = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        return jax.device_count() > 1
     manual = jax.sharding.AxisType.Manual
     return any(size > 1 and kind != manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------- sums of squares
+# -------------------------------------------------------------------------------------------------- many small leaves
+
+# XLA:CPU compiles a kernel for each reduction, and that, not the reading of memory, is the cost of a tree of many small
+# leaves. So leaves below this size are joined, this many at a time; joints of more take longer to compile than they
+# save. Kernels that are alike are compiled once, hence leaves are joined with others of their size.
+_SMALL, _GROUP = 4096, 8
 
 
-def _sum_squares(x: Array, axes: tuple[int, ...], dtype: np.dtype[Any], scale: Array | None) -> Array:
-    if sum(x.shape[a] > 1 for a in axes) > 1 and not _is_partitioned(x):  # what is split over a mesh would be gathered
-        return _sum_squares_merged(x, axes, dtype, scale)
-    parts = real_parts(x, dtype)
-    if scale is not None:
-        parts = tuple(part * scale for part in parts)
-    return jnp.sum(reduce(jnp.add, [jnp.square(part) for part in parts]), axes, keepdims=True)
-
-
-def _sum_squares_merged(x: Array, axes: tuple[int, ...], dtype: np.dtype[Any], scale: Array | None) -> Array:
-    """The same, of neighbouring axes as one axis, and of axes that are no neighbours one after the other.
-
-    XLA:CPU adds up one axis in blocks of 32 terms, but several in blocks of 32 along each of them: 1024 or 32768 terms
-    one by one, and the sum of equal numbers is off by 1e-5. x is reshaped before it is squared, since XLA undoes a
-    reshape right before a sum; to a vector where it can be, whose sum is the fastest.
-    """
-    extended = [a for a in range(x.ndim) if x.shape[a] != 1]
-    groups = [(summed, tuple(group)) for summed, group in groupby(extended, axes.__contains__)]
-
-    def merge(array: Array) -> Array:
-        return array.reshape([math.prod(array.shape[a] for a in group) for _, group in groups])
-
-    last, *others = [i for i in reversed(range(len(groups))) if groups[i][0]]
-    total = _sum_squares(merge(x), (last,), dtype, None if scale is None else merge(scale))
-    for i in others:
-        total = jnp.sum(lax.optimization_barrier(total), i, keepdims=True)  # or XLA makes one sum of both
-    return total.reshape([1 if a in axes else n for a, n in enumerate(x.shape)])
-
-
-def _bundles(leaves: Sequence[Array], positions: Sequence[int]) -> list[list[int]]:
-    """Which leaves to reduce together: large ones alone, small ones with others of their dtype and about their size."""
-    alone: list[list[int]] = []
-    buckets: dict[Any, list[int]] = {}
+def bundles(leaves: Sequence[Array], positions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Which leaves to handle together: large ones alone, small ones with others of their dtype and about their size."""
+    alone: list[tuple[int, ...]] = []
+    alike: dict[Any, list[int]] = {}
     for i in positions:
         leaf = leaves[i]
-        if leaf.size >= _SMALL or _is_partitioned(leaf):
-            alone.append([i])
+        if leaf.size >= _SMALL or _may_be_partitioned(leaf):
+            alone.append((i,))
         else:
-            buckets.setdefault((leaf.dtype, leaf.size.bit_length(), _varying(leaf)), []).append(i)
-    return alone + [bucket[i : i + _GROUP] for bucket in buckets.values() for i in range(0, len(bucket), _GROUP)]
+            alike.setdefault((leaf.dtype, leaf.size.bit_length(), _varying(leaf)), []).append(i)
+    by_size = [sorted(group, key=lambda i: leaves[i].size) for group in alike.values()]
+    return (*alone, *(tuple(group[k : k + _GROUP]) for group in by_size for k in range(0, len(group), _GROUP)))
 
 
-def _as_rows(leaves: Sequence[Array]) -> Array:
-    """Leaves of one dtype as the rows of one matrix, filled up with zeros."""
+def join(leaves: Sequence[Array]) -> Array:
+    """Leaves of one dtype as the rows of one matrix, filled up with zeros; a single leaf in its shape, as one row."""
+    if len(leaves) == 1:
+        return leaves[0][None]
     width = max(leaf.size for leaf in leaves)
-    pieces: list[Array] = []
-    for leaf in leaves:
-        pieces.append(leaf.reshape(-1))
-        if leaf.size < width:
-            pieces.append(jnp.zeros(width - leaf.size, leaf.dtype))
-    return jnp.concatenate(pieces).reshape(len(leaves), width)
+    rows = [leaf.reshape(1, -1) for leaf in leaves]  # as rows, not as vectors: then the joint is compiled as one loop
+    return lax.concatenate([r if r.size == width else jnp.pad(r, ((0, 0), (0, width - r.size))) for r in rows], 0)
 
 
-def _add_by_pool(sums: Array, pool_of: Sequence[int], pools: int) -> Array:
-    """The vector of leaf sums, added up by pool."""
-    if list(pool_of) == list(range(pools)):
-        return sums
-    if pools == 1:
-        # XLA rewrites a bare sum of a concatenation into a chain of additions, all in one fusion, and compiling that
-        # takes time quadratic in the number of leaves. The maximum with 0 changes no sum of squares and prevents it.
-        return jnp.sum(jnp.maximum(sums, 0), keepdims=True)
-    return jax.ops.segment_sum(sums, jnp.asarray(pool_of), pools)
-
-
-def _scalar_sums(leaves: Sequence[Array], plan: Plan, scales: Array | None) -> Array:
-    pools = [pool for pool in plan.pools if pool.axes is None]
-    pool_of = {i: p for p, pool in enumerate(pools) for i in pool.members if leaves[i].size}
-    totals: list[Array] = []
-    for mapped in dict.fromkeys(plan.mapped[i] for i in pool_of):
-        bundles = _bundles(leaves, [i for i in pool_of if plan.mapped[i] == mapped])
-        sums: list[Array] = []
-        for bundle in bundles:
-            rows = leaves[bundle[0]][None] if len(bundle) == 1 else _as_rows([leaves[i] for i in bundle])
-            scale = None
-            if scales is not None:
-                scale = scales[np.array([pool_of[i] for i in bundle])].reshape(-1, *[1] * (rows.ndim - 1))
-            sums.append(_sum_squares(rows, tuple(range(1, rows.ndim)), plan.dtype, scale).reshape(-1))
-        order = [pool_of[i] for bundle in bundles for i in bundle]
-        totals.append(mapped.psum(_add_by_pool(jnp.concatenate(sums), order, len(pools))))
-    return reduce(jnp.add, totals, jnp.zeros(len(pools), plan.dtype)) if len(totals) != 1 else totals[0]
-
-
-def _sums(leaves: Sequence[Array], plan: Plan, scales: PerPool | None) -> PerPool:
-    """The sums of squares of all pools, over all devices, of leaves multiplied by the scale of their pool."""
-    with_axes = [pool for pool in plan.pools if pool.axes is not None]
-    rows = [
-        plan.mapped[i].psum(_sum_squares(leaves[i], pool.axes or (), plan.dtype, scales and scales.rows[k]))
-        for k, pool in enumerate(with_axes)
-        for i in pool.members
+def part(rows: Array, leaves: Sequence[Array]) -> list[Array]:
+    """The rows of what `join` made of several leaves, in the shapes of these."""
+    pieces = lax.split(rows, [1] * len(leaves))
+    return [
+        piece.reshape(-1)[: leaf.size].reshape(leaf.shape) if leaf.size < rows.shape[1] else piece.reshape(leaf.shape)
+        for piece, leaf in zip(pieces, leaves, strict=True)
     ]
-    scalars = _scalar_sums(leaves, plan, scales and scales.scalars) if len(rows) < len(plan.pools) else None
-    return PerPool(scalars, tuple(rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------- sums
+
+
+def _sum_of(terms: Callable[..., Array], axes: Sequence[int], x: Array, *others: Array) -> Array:
+    """The sum over axes, which are kept with size 1, of `terms(x, *others)`, an elementwise function.
+
+    The others have the rank of x, and along each axis size 1 or that of x. XLA:CPU adds up one axis in blocks of 32
+    terms, but several in blocks of 32 along each of them: 1024 or 32768 terms one by one, and the sum of equal numbers
+    is off by 1e-5. So neighbouring axes become one, and axes that are no neighbours are added up one after the other.
+    What is split over devices is left as it is: merged it would be gathered, and partial sums would be sent.
+    """
+    shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
+    if sum(x.shape[a] > 1 for a in axes) < 2 or _may_be_partitioned(x):
+        return jnp.sum(terms(x, *others), tuple(axes), keepdims=True)
+    extended = [a for a in range(x.ndim) if x.shape[a] != 1]
+    groups = [(summed, tuple(group)) for summed, group in groupby(extended, axes.__contains__)]
+    # The arrays are reshaped, not the terms, since XLA undoes a reshape right before a sum.
+    merged = [[math.prod(array.shape[a] for a in group) for _, group in groups] for array in (x, *others)]
+    total = terms(*(array.reshape(sizes) for array, sizes in zip((x, *others), merged, strict=True)))
+    last, *rest = [k for k, (summed, _) in reversed([*enumerate(groups)]) if summed]
+    total = jnp.sum(total, last, keepdims=True)
+    for k in rest:
+        total = jnp.sum(cpu_barrier(total), k, keepdims=True)  # or XLA makes one sum of both
+    return total.reshape(shape)
+
+
+def _sum_squares(x: Array, axes: Sequence[int], dtype: np.dtype[Any], scale: Array | None) -> Array:
+    def squares(x: Array, *scale: Array) -> Array:
+        return reduce(jnp.add, [jnp.square(times(part, *scale)) for part in real_parts(x, dtype)])
+
+    return _sum_of(squares, axes, x, *([] if scale is None else [scale]))
+
+
+def _sums(plan: Plan, joined: Sequence[Sequence[Array]], scales: PerPool | None) -> PerPool:
+    """The sums of squares of all pools, over all devices, of `_joined` leaves multiplied by the scale of their pool."""
+    given = [None] * len(joined) if scales is None else scales.values
+    return PerPool(tuple(map(partial(_sum_slot, plan), plan.slots, joined, given)), plan.slots)
+
+
+def _joined(plan: Plan, leaves: Sequence[Array]) -> list[list[Array]]:
+    """For each slot the bundles, each as the rows of one array; the leaf itself for a slot with axes."""
+    return [
+        [join([leaves[i] for i in bundle]) if slot.axes is None else leaves[bundle[0]] for bundle in slot.bundles]
+        for slot in plan.slots
+    ]
+
+
+def _sum_slot(plan: Plan, slot: Slot, arrays: Sequence[Array], scale: Array | None) -> Array:
+    if slot.axes is not None:
+        return plan.mapped[slot.bundles[0][0]].psum(_sum_squares(arrays[0], slot.axes, plan.dtype, scale))
+    by_row: dict[Mapped, list[Array]] = {}
+    for bundle, rows in zip(slot.bundles, arrays, strict=True):
+        of_rows = scale if scale is None else scale.reshape(-1, *[1] * (rows.ndim - 1))
+        sums = _sum_squares(rows, range(1, rows.ndim), plan.dtype, of_rows).reshape(-1)
+        by_row.setdefault(plan.mapped[bundle[0]], []).append(sums)
+    one_pool = len(slot.pools) == 1
+    totals = [mapped.psum(_add_up(parts) if one_pool else parts[0]) for mapped, parts in by_row.items()]
+    return reduce(jnp.add, totals, *([] if totals else [jnp.zeros(1, plan.dtype)]))
+
+
+def _add_up(parts: Sequence[Array]) -> Array:
+    """The sum of all entries of some vectors, none of which is negative, as a vector of one.
+
+    XLA rewrites a bare sum of a concatenation into a chain of additions, all in one fusion, and compiling that takes
+    time quadratic in the number of leaves. The maximum with 0 changes nothing and prevents it.
+    """
+    return jnp.sum(jnp.maximum(jnp.concatenate(parts), 0), keepdims=True)
 
 
 @custom_vmap
@@ -336,9 +385,17 @@ def _(axis_size: int, in_batched: list[bool], ok: Array) -> tuple[Array, bool]:
 
 
 def make_plan(
-    leaves: Sequence[Array], pools: Sequence[Pool], *, epsilon: float = 0.0, mapped: Mapped = UNMAPPED
+    leaves: Sequence[Array],
+    pools: Sequence[Pool],
+    *,
+    epsilon: float = 0.0,
+    mapped: Mapped = UNMAPPED,
+    result_dtype: Any = np.float32,
 ) -> Plan:
-    """The plan of `root_mean_square(plan, leaves)`; made where the leaves are, since it looks at how they vary."""
+    """The plan of `root_mean_square(plan, leaves)`; made where the leaves are, since it looks at how they vary.
+
+    result_dtype: the dtype of what is computed with the root, which is not to be less exact than that.
+    """
     over = tuple(mapped.over(leaf) for leaf in leaves)
 
     def size(pool: Pool) -> float:
@@ -347,23 +404,26 @@ def make_plan(
         ]
         return float(sum(math.prod(s) * over[i].shards() for i, s in zip(pool.members, shapes, strict=True)))
 
-    sizes = PerPool(
-        tuple(size(pool) for pool in pools if pool.axes is None),
-        tuple(size(pool) for pool in pools if pool.axes is not None),
-    )
-    return Plan(tuple(pools), epsilon, accumulator_dtype(*(leaf.dtype for leaf in leaves)), over, sizes)
+    def bundled(positions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        by_way = [[i for i in positions if over[i] == way and leaves[i].size] for way in dict.fromkeys(over)]
+        return tuple(bundle for positions in by_way for bundle in bundles(leaves, positions))
 
-
-def mean_product(x: Array, root: Array, t: Array, axes: tuple[int, ...], mapped: Mapped, count: Any) -> Array:
-    """mean(Re(conj(x/root) * t)) over axes, kept with size 1; linear in t."""
-    pairs = zip(real_parts(x, root.dtype), real_parts(t, root.dtype), strict=True)
-    products = [divide4(part, root) * tangent for part, tangent in pairs]
-    return mapped.psum(jnp.sum(reduce(jnp.add, products), axes, keepdims=True)) / (4 * jnp.maximum(count, 1))
+    slots: list[Slot] = []
+    single: dict[int, int] = {}  # from a leaf to the pool that has nothing else
+    for p, pool in enumerate(pools):
+        if pool.axes is not None:
+            slots.append(Slot((p,), pool.axes, (pool.members,)))
+        elif len(pool.members) == 1 and leaves[pool.members[0]].size:
+            single[pool.members[0]] = p
+        else:
+            slots.append(Slot((p,), None, bundled(pool.members)))
+    slots += [Slot(tuple(single[i] for i in bundle), None, (bundle,)) for bundle in bundled(list(single))]
+    dtype = accumulator_dtype(result_dtype, *(leaf.dtype for leaf in leaves))
+    return Plan(tuple(slots), epsilon, dtype, over, tuple(map(size, pools)))
 
 
 def _sizes(plan: Plan) -> PerPool:
-    scalars, rows = plan.sizes
-    return PerPool(np.array(scalars, plan.dtype) if scalars else None, rows)
+    return in_slots(plan.slots, plan.sizes, partial(np.array, dtype=plan.dtype))
 
 
 def _root(plan: Plan, total: Array, scale: Array | float, count: Any) -> Array:
@@ -381,8 +441,8 @@ def _root(plan: Plan, total: Array, scale: Array | float, count: Any) -> Array:
 
 def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerPool:
     """The root of each pool: from the naive sums, unless some sum left the safe window."""
-    sizes = _sizes(plan)
-    naive = _sums(leaves, plan, None)
+    sizes, joined = _sizes(plan), _joined(plan, leaves)
+    naive = _sums(plan, joined, None)
 
     def roots(sums: PerPool, counts: PerPool, scales: PerPool | float = 1.0) -> PerPool:
         scales = jax.tree.map(lambda _: scales, sums) if isinstance(scales, float) else scales
@@ -397,32 +457,35 @@ def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerP
     def pick(s: Array, n: Any, below: Any, inside: Any, above: Any) -> Array:
         return jnp.where(s < high, jnp.where(s >= low * n, inside, below), above)  # NaN goes above, and stays NaN
 
-    def rescaled(leaves: Sequence[Array], naive: PerPool, counts: PerPool) -> PerPool:
+    def rescaled(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
         scales = jax.tree.map(lambda s, n: pick(s, n, scale, 1.0, 1 / scale).astype(s.dtype), naive, sizes)
-        return roots(_sums(leaves, plan, scales), counts, scales)
+        return roots(_sums(plan, joined, scales), counts, scales)
 
-    def branch(leaves: Sequence[Array], naive: PerPool, counts: PerPool) -> PerPool:
+    def branch(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
         """Read the leaves again only if some sum demands it."""
-        inside = jax.tree.map(lambda s, n: _everywhere((s < high) & (s >= low * n)), naive, sizes)
+        inside: dict[Any, Array] = {}
+        for ok in jax.tree.leaves(jax.tree.map(lambda s, n: (s < high) & (s >= low * n), naive, sizes)):
+            like = jax.typeof(ok)  # vectors of one kind are combined before any is reduced
+            inside[like] = inside[like] & ok if like in inside else ok
         return lax.cond(
-            reduce(jnp.logical_and, jax.tree.leaves(inside)),
-            lambda leaves, naive, counts: roots(naive, counts),
+            reduce(jnp.logical_and, map(_everywhere, inside.values())),
+            lambda joined, naive, counts: roots(naive, counts),
             rescaled,
-            *(leaves, naive, counts),
+            *(joined, naive, counts),
         )
 
-    def all_scales(leaves: Sequence[Array], naive: PerPool, counts: PerPool) -> PerPool:
+    def all_scales(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
         """Three sums in one reading of the leaves, and no branch: no more traffic for an accelerator, and no sync."""
 
         def at(value: float) -> PerPool:
             scales = jax.tree.map(lambda s: jnp.full_like(s, value), naive)
-            return roots(_sums(leaves, plan, scales), counts, scales)
+            return roots(_sums(plan, joined, scales), counts, scales)
 
         return jax.tree.map(pick, naive, sizes, at(scale), roots(naive, counts), at(1 / scale))
 
     if len(leaves) == 1:  # an array may be measured hundreds of times in a step, a tree is measured once
-        return lax.platform_dependent(leaves, naive, counts, cpu=branch, default=all_scales)
-    return branch(leaves, naive, counts)
+        return lax.platform_dependent(joined, naive, counts, cpu=branch, default=all_scales)
+    return branch(joined, naive, counts)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -448,16 +511,52 @@ def _(plan: Plan, primals: Any, tangents: Any) -> tuple[PerPool, PerPool]:
 def _differential(
     plan: Plan, leaves: Sequence[Array], roots: PerPool, counts: PerPool | None, moving: dict[int, Array]
 ) -> PerPool:
-    """The derivative of `root_mean_square` along the tangents in `moving`."""
+    """The derivative of `root_mean_square` along the tangents in `moving`: mean(Re(conj(x/rho) dx)), linear in dx."""
     counts = _sizes(plan) if counts is None else counts
-    scalars: list[Array] = []
-    rows: list[Array] = []
-    for pool, root, count in zip(plan.pools, roots.entries(plan.pools), counts.entries(plan.pools), strict=True):
-        total = jnp.zeros_like(root)
-        for i in pool.members:
-            if i in moving:
-                axes = tuple(range(leaves[i].ndim)) if pool.axes is None else pool.axes
-                mean = mean_product(leaves[i], root, moving[i], axes, plan.mapped[i], count)
-                total = total + mean.reshape(root.shape)
-        (scalars if pool.axes is None else rows).append(total)
-    return PerPool(jnp.stack(scalars) if scalars else None, tuple(rows))
+    found: dict[int, Array] = {}
+    for slot, of_slot, count_of_slot in zip(plan.slots, roots.values, counts.values, strict=True):
+        for k, pool in enumerate(slot.pools):
+            root, count = (of_slot[k], count_of_slot[k]) if slot.axes is None else (of_slot, count_of_slot)
+            products = [
+                along(leaves[i], root, moving[i], slot.axes, plan.mapped[i], count)
+                for i in slot.members(pool)
+                if i in moving
+            ]
+            found[pool] = _sum_of_all(products, root) * _inverse_root(count, root.dtype)
+    return in_slots(plan.slots, [found[p] for p in range(len(found))], jnp.stack)
+
+
+def _sum_of_all(terms: Sequence[Array], like: Array) -> Array:
+    """The sum of arrays; behind a barrier, for the reason that `_add_up` has a maximum: it is not linear."""
+    if len(terms) < 2:
+        return terms[0] if terms else jnp.zeros_like(like)
+    return jnp.sum(lax.optimization_barrier(jnp.stack(terms)), 0)
+
+
+def _inverse_root(count: Any, dtype: Any) -> Array:
+    return 1 / jnp.sqrt(jnp.maximum(jnp.asarray(count, dtype), 1))
+
+
+def direction(x: Array, root: Array, count: Any) -> Array:
+    """v = x/(root sqrt(count)): of the length 1, if root is the RMS norm of x and nothing else; linear in x.
+
+    Derivatives go along v, by v.dx: no sum on the way is larger than the length of dx, nor one on the way back than
+    that of the cotangent, and small terms are as far from underflow as that allows.
+    """
+    return times(divide4(x, root), _inverse_root(count, root.dtype) / 4)
+
+
+def along(x: Array, root: Array, t: Array, axes: Sequence[int] | None, mapped: Mapped, count: Any) -> Array:
+    """Re(v.t), the sum over axes, kept with size 1, of conj(v) t with v = direction(x, root, count); linear in t.
+
+    Without axes the sum of all, as a number.
+    """
+    shape = [1] * x.ndim if axes is None else root.shape
+
+    def products(x: Array, root: Array, t: Array, count: Array) -> Array:
+        pairs = zip(real_parts(x, root.dtype), real_parts(t, root.dtype), strict=True)
+        return reduce(jnp.add, [direction(part, root, count) * tangent for part, tangent in pairs])
+
+    count = jnp.broadcast_to(jnp.asarray(count, root.dtype), root.shape).reshape(shape)
+    total = _sum_of(products, range(x.ndim) if axes is None else axes, x, root.reshape(shape), t, count)
+    return mapped.psum(total).reshape(root.shape)

@@ -18,7 +18,7 @@ from jax import Array
 
 from rmsjax import _reduce
 from rmsjax._checks import as_axes, as_mapped, as_numeric
-from rmsjax._reduce import Mapped, PerPool, Pool, accumulator_dtype, divide4, lift, split_ratio, times
+from rmsjax._reduce import Mapped, PerPool, Pool, accumulator_dtype, divide4, join, lift, part, split_ratio, times
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
@@ -46,19 +46,17 @@ class Grouping(NamedTuple):
 
     def tree(self, values: PerPool) -> Any:
         """What each pool has, at each of its leaves; under scope "global" the one value by itself."""
-        entries = [self._narrow(v, pool) for v, pool in zip(values.entries(self.pools), self.pools, strict=True)]
-        return entries[0] if self.is_global else self.treedef.unflatten(_by_leaf(self.pools, entries))
+        entries = [self._narrow(v, pool) for v, pool in zip(values.entries(), self.pools, strict=True)]
+        if self.is_global:
+            return entries[0]
+        found = {i: entry for pool, entry in zip(self.pools, entries, strict=True) for i in pool.members}
+        return self.treedef.unflatten([found[i] for i in range(len(found))])
 
     def _narrow(self, value: Array, pool: Pool) -> Array:
         """One float64 leaf makes all sums float64; the norm of a pool without such a leaf is still float32."""
         if not jnp.issubdtype(value.dtype, jnp.inexact):
             return value
         return value.astype(accumulator_dtype(*(self.leaves[i].dtype for i in pool.members)))
-
-
-def _by_leaf(pools: Sequence[Pool], entries: Sequence[Any]) -> list[Any]:
-    found = {i: entry for pool, entry in zip(pools, entries, strict=True) for i in pool.members}
-    return [found[i] for i in range(len(found))]
 
 
 def leaf_paths(tree: Any, sep: str = "/") -> list[str]:
@@ -73,14 +71,14 @@ def leaf_paths(tree: Any, sep: str = "/") -> list[str]:
     return paths
 
 
-def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number) -> Grouping:
-    """The leaves of a tree and the pools that the scope makes of them; errors name the leaf."""
+def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number, abstract: bool = False) -> Grouping:
+    """The leaves of a tree, which may be shapes without data, and the pools that the scope makes of them."""
     given, treedef = jax.tree.flatten(tree)
     paths = leaf_paths(tree)
-    leaves = [
-        as_numeric(function, f"leaf {path!r}" if path else "the tree", leaf, kind=kind, hint=_leaf_hint(leaf))
-        for path, leaf in zip(paths, given, strict=True)
-    ]
+    leaves: list[Array] = []
+    for path, leaf in zip(paths, given, strict=True):
+        name = f"leaf {path!r}" if path else "the tree"
+        leaves.append(as_numeric(function, name, leaf, kind=kind, hint=_leaf_hint(leaf), abstract=abstract))
     if isinstance(scope, str):
         if scope not in ("global", "block"):
             close = difflib.get_close_matches(scope, ("global", "block"), n=1)
@@ -106,6 +104,8 @@ def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number) -> 
 
 
 def _leaf_hint(leaf: Any) -> str:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return " A shape has no values: apply the function by jax.eval_shape."
     if jnp.issubdtype(getattr(leaf, "dtype", np.dtype(object)), jax.dtypes.prng_key):
         return " Random keys are not numbers: leave them out, for instance with nnx.state(model, nnx.Param)."
     return " Cast it, or leave it out of the tree with optax.masked or None."
@@ -208,6 +208,8 @@ def rms_by_path(
 
     Source: keys as `jax.tree_util.keystr` writes them.
     """
+    if not isinstance(sep, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"rms_by_path: sep must be a string, got {sep!r:.80}")
     grouping = group("rms_by_path", tree, scope)
     paths = leaf_paths(tree, sep)
     if len(set(paths)) < len(paths):
@@ -226,29 +228,47 @@ def rescale(grouping: Grouping, roots: PerPool, targets: PerPool) -> Any:
     Where target = root a leaf comes back as it was, and where root = 0 as zeros. A root that is NaN or inf makes all
     of its pool non-finite or zero, so that nothing hides it.
     """
-    return grouping.treedef.unflatten(_rescale_jit(grouping.pools, grouping.leaves, roots, targets))
+    return grouping.treedef.unflatten(_rescale_jit(grouping.leaves, roots, targets))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _rescale(pools: tuple[Pool, ...], leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[Array]:
-    return _rescale_linear(pools, leaves, roots, targets)
+@jax.custom_jvp
+def _rescale(leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[Array]:
+    return _rescale_linear(leaves, roots, targets)
 
 
-def _rescale_linear(pools: tuple[Pool, ...], leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[Array]:
+def _rescale_linear(leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[Array]:
     """`_rescale`, of which JAX is to see that it is linear in the leaves."""
+
+    def scaled(x: Array, a: Array, b: Array, same: Array) -> Array:
+        product = times(lift(x, a.dtype), a, b).astype(x.dtype)
+        # A selection beside the product: a step that changes nothing then need not write, if the leaves were donated.
+        return jnp.where(same, x, product) if same.ndim == 0 else product
+
     ratios = jax.tree.map(split_ratio, targets, roots)
     first, second = (jax.tree.map(lambda _, ratio, k=k: ratio[k], roots, ratios) for k in (0, 1))
-    same = jax.tree.map(jnp.equal, targets, roots)
-    factors = zip(*(per_pool.entries(pools) for per_pool in (first, second, same)), strict=True)
-    return [
-        # A selection beside the product: a step that changes nothing then need not write, if the leaves were donated.
-        jnp.where(same, leaf, times(lift(leaf, a.dtype), a, b).astype(leaf.dtype))
-        for leaf, (a, b, same) in zip(leaves, _by_leaf(pools, list(factors)), strict=True)
-    ]
+    return _elementwise(scaled, leaves, first, second, jax.tree.map(jnp.equal, targets, roots))
+
+
+def _elementwise(f: Callable[..., Array], leaves: Sequence[Array], *of_pools: PerPool) -> list[Array]:
+    """f(leaf, entries of its pool), of a function of the elements; of small leaves together."""
+    found = list(leaves)
+    for k, slot in enumerate(of_pools[0].slots):
+        values = [per_pool.values[k] for per_pool in of_pools]
+        for bundle in slot.bundles:
+            members = [leaves[i] for i in bundle]
+            if slot.axes is not None:
+                results = [f(members[0], *values)]
+            elif len(bundle) == 1:
+                results = [f(members[0], *(v[0] for v in values))]
+            else:
+                results = part(f(join(members), *(v[:, None] for v in values)), members)
+            for i, result in zip(bundle, results, strict=True):
+                found[i] = result
+    return found
 
 
 @_rescale.defjvp
-def _(pools: tuple[Pool, ...], primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
+def _(primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
     """d(x t/r) = dx t/r + 4x/r (dt - dr t/r)/4, multiplied in an order that stays in range."""
     leaves, roots, targets = primals
     dleaves, droots, dtargets = tangents
@@ -257,14 +277,12 @@ def _(pools: tuple[Pool, ...], primals: Any, tangents: Any) -> tuple[list[Array]
         a, b = split_ratio(target, root)
         return (dtarget - droot * a * b) / 4
 
-    changes = jax.tree.map(change, roots, targets, droots, dtargets)
-    per_leaf = _by_leaf(pools, list(zip(roots.entries(pools), changes.entries(pools), strict=True)))
-    moved = [
-        times(divide4(lift(leaf, root.dtype), root), by).astype(leaf.dtype)
-        for leaf, (root, by) in zip(leaves, per_leaf, strict=True)
-    ]
-    straight = _rescale_linear(pools, dleaves, roots, targets)
-    return _rescale(pools, leaves, roots, targets), jax.tree.map(jnp.add, straight, moved)
+    def moved(x: Array, root: Array, by: Array) -> Array:
+        return times(divide4(lift(x, root.dtype), root), by).astype(x.dtype)
+
+    straight = _rescale_linear(dleaves, roots, targets)
+    aside = _elementwise(moved, leaves, roots, jax.tree.map(change, roots, targets, droots, dtargets))
+    return _rescale(leaves, roots, targets), jax.tree.map(jnp.add, straight, aside)
 
 
-_rescale_jit = jax.jit(_rescale, static_argnums=0, inline=True)
+_rescale_jit = jax.jit(_rescale, inline=True)

@@ -72,7 +72,8 @@ class RMSNorm(RejectsInertArguments, nn.Module):
         scale = None
         if self.use_scale:
             if self.has_variable("params", "scale"):  # Linen's own message would not name the axis
-                check_features(x, jnp.shape(self.get_variable("params", "scale")), self.feature_axes)
+                sizes, fix = jnp.shape(self.get_variable("params", "scale")), "initialise the layer with an x like this"
+                check_features(x, sizes, self.feature_axes, given="the scale has size", fix=fix)
             shape = [
                 jnp.shape(x)[a] for a in as_axes("RMSNorm", self.feature_axes, jnp.shape(x), argument="feature_axes")
             ]

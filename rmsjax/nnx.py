@@ -96,7 +96,8 @@ class RMSNorm(RejectsInertArguments, nnx.Module):
 
     def __call__(self, x: Inexact[Array, "..."], mask: Bool[Array, "..."] | None = None) -> Inexact[Array, "..."]:
         """x normalised; where the mask is False, elements do not count and come out as 0."""
-        check_features(x, self.num_features, self.feature_axes)
+        fix = "make the layer with num_features={}"
+        check_features(x, self.num_features, self.feature_axes, given="num_features is", fix=fix)
         scale = None if self.scale is None else self.scale[...]
         if self.promote_dtype is not None:
             x, scale = self.promote_dtype((x, scale), dtype=self.dtype)

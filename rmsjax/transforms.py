@@ -167,7 +167,7 @@ class ScaleByStableAdamState(NamedTuple):
 
 def _norm_types(function: str, params: PyTree, scope: Scope, axis_name: str | Sequence[str] | None) -> PyTree:
     """The types of the norms that updates like the params have, as a state holds them; nothing is computed."""
-    grouping = group(function, params, scope, kind=jnp.inexact)
+    grouping = group(function, params, scope, kind=jnp.inexact, abstract=True)
     try:
         mapped = as_mapped(function, axis_name)
     except ValueError:  # init may run outside of the shard_map or pmap around update
@@ -366,7 +366,8 @@ def clip_by_relative_rms(
         grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
         # In the pools of the updates, even if the scope would choose otherwise by the dtype of the parameters.
         of_params = grouping._replace(leaves=jax.tree.leaves(_params_of(name, updates, params)))
-        norms, sizes = measure(grouping, mapped), measure(of_params, mapped)
+        norms = measure(grouping, mapped)
+        sizes = measure(of_params, mapped).in_slots_of(norms)
         bounds = jax.tree.map(
             lambda r, size: (
                 jnp.asarray(max_ratio, r.dtype) * jnp.maximum(size.astype(r.dtype), jnp.asarray(min_rms, r.dtype))

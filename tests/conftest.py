@@ -17,6 +17,24 @@ def strict():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Compiling is most of the cost of many tests, and what LLVM makes of tiny loops is of no interest to them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """As if there were a single device: small leaves are joined, and axes merged, only where nothing can be sharded."""
+    with pytest.MonkeyPatch.context() as patch:
+        jax.clear_caches()
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Within the test, JAX has 64-bit types."""

@@ -108,10 +108,10 @@ def ulps(got, want, dtype=None):
 
 DTYPES = ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
 # In units in the last place of the result, for up to 4096 elements: of random mantissas, and of any.
-# XLA:CPU adds them up in stages of at most 32 terms, one by one if it pleases. Where all are equal, or one is so much
-# larger than the others that each addition of the first two stages rounds in the same direction, by half a unit at
-# most, the sum is off by 31 + 31 + 3 halves. The root halves that, and adds its own rounding.
-LIKELY, WORST = 4, 17
+# XLA:CPU adds up a small array in two stages of at most 32 and 64 terms, one by one if it pleases. Where all terms are
+# equal, or one is so much larger than the others that each addition rounds in the same direction, by half a unit at
+# most, the sum is off by 31 + 63 halves. The root halves that, and adds its own rounding.
+LIKELY, WORST = 4, 24
 
 
 def exponents_of(dtype, most):

@@ -39,7 +39,16 @@ MISTAKES = {
     "x is a key": (lambda: rms(KEY), TypeError, "rms", "x", "array of numbers", "dtype key<fry>"),
     "x is boolean": (lambda: rms(MASK), TypeError, "rms", "x", "array of numbers", "dtype bool"),
     "x is a ragged list": (lambda: rms([[1.0], [1.0, 2.0]]), TypeError, "rms", "x", "array of numbers", r"\[\[1.0\]"),
-    "x is an array of strings": (lambda: rms(np.array(["a"])), TypeError, "rms", "x", "array of numbers", "dtype <U1"),
+    "x is an array of strings": (
+        lambda: rms(np.array(["a"])),
+        TypeError,
+        "rms",
+        "x",
+        "array of numbers",
+        r"array\([.a.]",
+    ),
+    "x is a type": (lambda: rms(jnp.float32), TypeError, "rms", "x", "array of numbers", "float32"),
+    "x is too large an integer": (lambda: rms(2**70), TypeError, "rms", "x", "array of numbers", str(2**70)),
     "x is abstract": (
         *(lambda: rms(jax.ShapeDtypeStruct((2,), jnp.float32)), TypeError),
         *("rms", "x", "array of numbers", r"ShapeDtypeStruct\(shape=\(2,\)"),
@@ -102,6 +111,10 @@ MISTAKES = {
         *(lambda: rms_normalize(X, epsilon=float("nan")), ValueError),
         *("rms_normalize", "epsilon", "finite and at least 0", "nan"),
     ),
+    "epsilon a string": (
+        *(lambda: rms_normalize(X, epsilon="1"), TypeError),
+        *("rms_normalize", "epsilon", "number known at trace time", "'1'"),
+    ),
     "epsilon traced": (
         *(lambda: jax.jit(lambda e: rms_normalize(X, epsilon=e))(1e-6), TypeError),
         *("rms_normalize", "epsilon", "number known at trace time", "Tracer"),
@@ -147,6 +160,19 @@ MISTAKES = {
         *(lambda: rms_by_path(TREE, scope="leaf"), ValueError),
         *("rms_by_path", "scope", "'global', 'block', axes or a callable", "got 'leaf'$"),
     ),
+    "scope an empty tuple": (
+        lambda: tree_rms(TREE, ()),
+        ValueError,
+        "tree_rms",
+        "scope axis is empty",
+        r"\(4,\)",
+        "'b'",
+    ),
+    "a leaf is abstract": (
+        *(lambda: tree_rms({"w": jax.ShapeDtypeStruct((2,), jnp.float32)}), TypeError),
+        *("tree_rms", "leaf 'w'", "array of numbers", "ShapeDtypeStruct.*eval_shape"),
+    ),
+    "sep None": (lambda: rms_by_path(TREE, sep=None), TypeError, "rms_by_path", "sep", "a string", "None"),
     "scope None": (lambda: tree_rms(TREE, None), TypeError, "tree_rms", "scope", "'global', 'block'", "got None"),
     "scope traced": (
         *(lambda: jax.jit(tree_rms)(TREE, 0), TypeError),
@@ -311,13 +337,21 @@ MISTAKES = {
         *(lambda: nnx_norm(axis_index_groups=[[0], [1, 2]])(X), ValueError),
         *("RMSNorm", "axis_index_groups", "equal size", r"\[\[0\], \[1, 2\]\]"),
     ),
+    "nnx: a number for groups": (
+        *(lambda: nnx_norm(axis_name="i", axis_index_groups=2)(X), TypeError),
+        *("RMSNorm", "axis_index_groups", "groups of integers", "got 2"),
+    ),
+    "nnx: groups of what": (
+        *(lambda: nnx_norm(axis_index_groups=[[0], [1]])(X), ValueError),
+        *("RMSNorm", "axis_index_groups", "needs an axis_name", "got none"),
+    ),
     "nnx: axis_name not bound": (
         *(lambda: nnx_norm(axis_name="data")(X), ValueError),
         *("RMSNorm", "axis_name 'data'", "not bound", "shard_map"),
     ),
     "linen: wrong scale": (
         *(lambda: linen_norm(X, jnp.ones(3)), ValueError),
-        *("RMSNorm", "num_features is 3", "axis 1 of x", "has size 4"),
+        *("RMSNorm", "the scale has size 3", "axis 1 of x", "has size 4; initialise the layer"),
     ),
     "linen: mask of another shape": (
         *(lambda: linen_norm(X, mask=MASK[:, :3]), ValueError),

@@ -154,6 +154,43 @@ def test_layer(size):
         np.testing.assert_allclose(mixed, C[:, None] * jacobian / SCALE[:, None], rtol=2e-5, atol=2e-6)
 
 
+FAR = [1e34, 1e-34]
+RELATIVE = {
+    "rms": lambda x: rms(x)[None],
+    "tree_rms": lambda x: tree_rms(as_tree(x))[None],
+    "rms_normalize": partial(rms_normalize, epsilon=0.0),
+    "clip_by_rms": lambda x: updated(rmsjax.clip_by_rms(rms(x) / 2), x),
+    "normalize_by_rms": lambda x: updated(rmsjax.normalize_by_rms(), x),
+}
+
+
+def updated(tx, x):
+    return tx.update(x, tx.init(x))[0]
+
+
+@pytest.mark.parametrize("name", RELATIVE)
+def test_derivatives_of_many_elements_stay_in_range(name):
+    """A sum of 4096 terms of the size of x is divided by 64 before it leaves the range, and by 64 after that."""
+    x, t, c = np.random.default_rng(3).normal(size=(3, 4096))
+    f = RELATIVE[name]
+
+    @jax.jit
+    def both_modes(x, t, c):
+        y, pull = jax.vjp(f, x)
+        return jax.jvp(f, (x,), (t,))[1], pull(c[: y.size])[0]
+
+    def at(size, degree):
+        """With a tangent of the size of x, and a cotangent of about 1."""
+        forward, backward = both_modes(*(jnp.asarray(a, jnp.float32) for a in (size * x, size * t, c)))
+        return np.float64(forward) / size**degree, np.float64(backward) * size ** (1 - degree)
+
+    degree = 0 if "normalize" in name else 1
+    want = at(1.0, degree)
+    for size in FAR:
+        for got, expected in zip(at(size, degree), want, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
 def test_zero():
     """The norm has a kink there, and its derivative is 0 by definition, of all orders and in both modes."""
     zero, t = jnp.zeros(N), jnp.asarray(T, jnp.float32)

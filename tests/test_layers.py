@@ -144,10 +144,19 @@ def test_tuple_of_feature_axes(api):
 @both_apis
 def test_wrong_feature_size_names_size_and_axis(api):
     run, ours, _ = OURS_AND_FLAX[api]
-    with pytest.raises(
-        ValueError, match=r"RMSNorm: num_features is 3, but axis 2 of x with shape \(2, 3, 4\) has size 4"
-    ):
+    given = {"nnx": "num_features is", "linen": "the scale has size"}[api]
+    with pytest.raises(ValueError, match=rf"RMSNorm: {given} 3, but axis 2 of x with shape \(2, 3, 4\) has size 4"):
         run(ours, X, np.ones(3, np.float32))
+
+
+@both_apis
+def test_float8_comes_out_in_the_dtype_of_the_scale(api):
+    """JAX has no promotion for float8, and a layer of its own has no dtype to give."""
+    run, ours, _ = OURS_AND_FLAX[api]
+    x = X.astype(jnp.float8_e4m3fn)
+    got = run(ours, x, np.ones(4, np.float32))
+    assert got.dtype == jnp.float32
+    close(got, rmsjax.rms_normalize(x.astype(jnp.float32)))
 
 
 def test_offset_without_scale_is_refused():

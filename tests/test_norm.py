@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import rmsjax
 from rmsjax import rms, rms_normalize
 
 X = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
@@ -26,6 +28,24 @@ def test_axes(axis, keepdims):
 @pytest.mark.parametrize("value", [3.0, -2, 1 + 1j, [3.0, 4.0], np.float32(2), np.arange(4)])
 def test_python_and_numpy_values(value):
     np.testing.assert_allclose(rms(value), expected_rms(value), rtol=1e-6)
+
+
+def test_a_list_of_traced_numbers():
+    np.testing.assert_allclose(jax.jit(lambda a, b: rms([a, b]))(3.0, 4.0), expected_rms([3.0, 4.0]), rtol=1e-6)
+
+
+def test_integers_of_64_bits(x64):
+    """A sum of their squares is beyond float32, in which it is taken."""
+    for value in (2**59, 2**63 - 1, -(2**63)):
+        np.testing.assert_allclose(rms(jnp.full(4000, value)), abs(float(value)), rtol=1e-6)
+
+
+def test_what_is_to_be_float64_is_computed_in_float64(x64):
+    x = jnp.asarray(X)
+    want = X / expected_rms(X.astype(np.float64), -1, keepdims=True)
+    np.testing.assert_allclose(rms_normalize(x, epsilon=0, dtype=jnp.float64), want, rtol=1e-14)
+    layer = rmsjax.nnx.RMSNorm(5, epsilon=0.0, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(layer(x), want, rtol=1e-14)
 
 
 def test_scalar_is_its_absolute_value():
@@ -74,6 +94,20 @@ def test_masked_out_elements_touch_nothing(hidden):
         np.testing.assert_array_equal(fn(dirty), fn(clean))
         np.testing.assert_array_equal(jax.grad(fn)(dirty), jax.grad(fn)(clean))
     assert rms_normalize(dirty, where=where)[1] == 0
+
+
+def test_hidden_elements_do_not_show_even_in_debug_mode():
+    x, where = jnp.array([1.0, jnp.nan, 2.0, jnp.inf]), np.array([True, False, True, False])
+    with jax.debug_nans(True):
+        for f in (lambda x: rms(x, where=where), lambda x: rms_normalize(x, where=where).sum()):
+            assert jnp.isfinite(jax.grad(f)(x)).all()
+
+
+def test_the_count_of_what_is_kept_does_not_overflow():
+    """2^32 elements, on 2^16 mapped devices."""
+    ones = jnp.ones(2**16)
+    everywhere = jax.vmap(lambda _: rms(ones, where=ones > 0, axis_name="i"), axis_name="i")
+    np.testing.assert_array_equal(everywhere(ones)[:2], 1)
 
 
 def test_nothing_left_is_zero():

@@ -128,6 +128,14 @@ def gradients(x, scale, where):
     return [jax.grad(partial(loss, f), (0, 1))(x, scale) for f in functions]
 
 
+def clip_everything(tree):
+    return clip(tree, "global")
+
+
+def rms_normalize_each(tree):
+    return jax.tree.map(rms_normalize, tree)
+
+
 def everything(x, scale, where):
     return {
         "rms": [rms(x, axis, keepdims=keepdims) for axis in AXES for keepdims in (True, False)],
@@ -227,6 +235,18 @@ def test_nothing_but_sums_is_sent(kind, scope, measure):
     for always in (True, False):
         floats = sum(s.elements() for s in found if s.always == always and "f32" in s.arrays[0])
         assert 0 < floats <= 8 * sums_of_a_leaf
+
+
+@pytest.mark.parametrize(
+    "function", [tree_rms, partial(tree_rms, scope="block"), clip_everything, rms_normalize_each], ids=str
+)
+def test_nothing_is_gathered_of_arrays_that_are_yet_to_be_placed(function):
+    """While tracing nothing says how `in_shardings` will split them, so no array is reshaped or joined with others."""
+    tree = {k: jax.ShapeDtypeStruct((16, 4, 32), jnp.float32) for k in "abc"}
+    split = NamedSharding(mesh(), P("data", None, "model"))
+    found = sent(jax.jit(function, in_shardings=split), tree)
+    assert {s.operation for s in found} == {"all-reduce"}
+    assert max(s.elements() for s in found) <= 3 * 16 * 4
 
 
 def all_reduces(program, tree):

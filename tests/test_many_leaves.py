@@ -1,0 +1,123 @@
+"""Trees of many small leaves: these are joined before anything is done to them, and nothing is lost or mixed up."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rmsjax
+from tests.oracle import in_double, true_rms
+
+pytestmark = pytest.mark.usefixtures("one_device", "quick_compiles")
+
+RNG = np.random.default_rng(0)
+SHAPES = [(), (1,), (5,), (3, 3), *[(8, 8)] * 19, (100,), (4095,), (70, 80), (0, 3)]
+DTYPES = ["float32", "bfloat16", "float16", "complex64"]
+
+
+def by_parity(path, leaf):
+    return "odd" if int(path) % 2 else "block"
+
+
+def pooled(leaves):
+    return true_rms(np.concatenate([in_double(leaf).ravel() for leaf in leaves]))
+
+
+def norms_of(leaves, scope):
+    """The norm that belongs to each leaf."""
+    odd = pooled(leaves[1::2])
+    single = [pooled([leaf]) for leaf in leaves]
+    return {
+        "global": [pooled(leaves)] * len(leaves),
+        "block": single,
+        by_parity: [odd if i % 2 else norm for i, norm in enumerate(single)],
+    }[scope]
+
+
+def clipped(scope, leaves, max_rms):
+    tx = rmsjax.clip_by_rms(max_rms, scope)
+    return tx.update(leaves, tx.init(leaves))
+
+
+@pytest.mark.parametrize("scope", ["global", "block", by_parity])
+@pytest.mark.parametrize("dtype", [*DTYPES, "mixed"])
+def test_measured_and_clipped(dtype, scope):
+    dtypes = [DTYPES[i % 4] if dtype == "mixed" else dtype for i in range(len(SHAPES))]
+    program = jax.jit(partial(clipped, scope))
+    for size in (1.0, 1e30, 1e-30) if dtype in ("float32", "bfloat16") else (1.0,):
+        leaves = [
+            np.asarray(jnp.asarray(RNG.normal(size=s) * size).astype(d)) for s, d in zip(SHAPES, dtypes, strict=True)
+        ]
+        updates, state = program(leaves, np.float32(0.9 * size))
+        got = [state.rms] * len(leaves) if scope == "global" else state.rms
+        norms = norms_of(leaves, scope)
+        np.testing.assert_allclose(got, norms, rtol=1e-6)
+        for update, leaf, norm in zip(updates, leaves, norms, strict=True):
+            want = in_double(leaf) * min(1, 0.9 * size / norm if norm else 1)
+            precision = {"bfloat16": 2**-8, "float16": 2**-11}.get(str(leaf.dtype), 1e-6)
+            assert (update.dtype, update.shape) == (leaf.dtype, leaf.shape)
+            np.testing.assert_allclose(in_double(update), want, rtol=precision, atol=1e-7 if size == 1 else 1e-37)
+
+
+def test_derivatives():
+    leaves = [jnp.asarray(RNG.normal(size=s), jnp.float32) for s in SHAPES]
+    tangents = [jnp.sin(leaf) for leaf in leaves]
+    whole, along = (jnp.concatenate([leaf.ravel() for leaf in tree]) for tree in (leaves, tangents))
+    norm, change = jax.jvp(rmsjax.tree_rms, (leaves,), (tangents,))
+    want, want_change = jax.jvp(rmsjax.rms, (whole,), (along,))
+    np.testing.assert_allclose((norm, change), (want, want_change), rtol=1e-6)
+    gradient = jnp.concatenate([leaf.ravel() for leaf in jax.grad(rmsjax.tree_rms)(leaves)])
+    np.testing.assert_allclose(gradient, jax.grad(rmsjax.rms)(whole), rtol=1e-5, atol=1e-9)
+
+    def clip_of(x):
+        return clipped("global", x, 0.5)[0]
+
+    updates, changes = jax.jvp(clip_of, (leaves,), (tangents,))
+    want, want_changes = jax.jvp(clip_of, (whole,), (along,))
+    for got, expected in ((updates, want), (changes, want_changes)):
+        np.testing.assert_allclose(jnp.concatenate([leaf.ravel() for leaf in got]), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_under_vmap():
+    leaves = [jnp.asarray(RNG.normal(size=(3, *s)), jnp.float32) for s in SHAPES]
+    got, state = jax.jit(jax.vmap(lambda x: clipped("block", x, 0.5)))(leaves)
+    for k in range(3):
+        want, want_state = clipped("block", [leaf[k] for leaf in leaves], 0.5)
+        np.testing.assert_allclose([norm[k] for norm in state.rms], want_state.rms, rtol=1e-6)
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(g[k], w, rtol=1e-6)
+
+
+def operations(f, *args):
+    """How often each primitive occurs in a program, in whatever it calls too."""
+    found = {}
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            found[eqn.primitive.name] = found.get(eqn.primitive.name, 0) + 1
+            for param in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+                inner = getattr(param, "jaxpr", param)
+                if hasattr(inner, "eqns"):
+                    visit(inner)
+
+    visit(jax.make_jaxpr(f)(*args).jaxpr)
+    return found
+
+
+@pytest.mark.parametrize("scope", ["global", "block"])
+def test_few_reductions(scope):
+    """Eight leaves to a reduction, in the naive pass and in the rescaled one: alone they take a minute to compile."""
+    leaves = [jnp.ones(64)] * 160
+    for f in (partial(rmsjax.tree_rms, scope=scope), lambda leaves: clipped(scope, leaves, 1.0)):
+        found = operations(f, leaves)
+        assert found["reduce_sum"] <= 2 * (160 // 8 + 1)
+        assert found.get("reduce_and", 0) <= 2
+
+
+@pytest.mark.parametrize("scope", ["global", "block"])
+def test_large_leaves_are_not_copied(scope):
+    leaves = [jnp.ones((64, 64)), jnp.ones(5000)]
+    compiled = jax.jit(partial(clipped, scope), donate_argnums=0).lower(leaves, 1.0).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < leaves[0].nbytes / 4
