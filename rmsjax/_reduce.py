@@ -366,19 +366,22 @@ def _add_up(parts: Sequence[Array]) -> Array:
     return jnp.sum(jnp.maximum(jnp.concatenate(parts), 0), keepdims=True)
 
 
-@custom_vmap
-def _everywhere(ok: Array) -> Array:
-    """Whether all are true, in the whole batch: under vmap the answer stays one scalar.
+def _over_whole_batch(extreme: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """The largest or smallest of all elements, and under vmap of those of all examples: so it stays one number.
 
-    A `cond` on it stays a branch, where a predicate for each example would turn it into both branches and a select.
+    A `cond` on one number stays a branch, where a predicate for each example would make it both branches and a select.
     """
-    return jnp.all(ok)
+    found = custom_vmap(lambda x: extreme(x))
+
+    @found.def_vmap
+    def _(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
+        del axis_size, in_batched
+        return found(x), False
+
+    return found
 
 
-@_everywhere.def_vmap
-def _(axis_size: int, in_batched: list[bool], ok: Array) -> tuple[Array, bool]:
-    del axis_size, in_batched
-    return _everywhere(ok), False
+_largest, _smallest = _over_whole_batch(jnp.max), _over_whole_batch(jnp.min)
 
 
 # ------------------------------------------------------------------------------------------------------------ the root
@@ -463,12 +466,11 @@ def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerP
 
     def branch(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
         """Read the leaves again only if some sum demands it."""
-        inside: dict[Any, Array] = {}
-        for ok in jax.tree.leaves(jax.tree.map(lambda s, n: (s < high) & (s >= low * n), naive, sizes)):
-            like = jax.typeof(ok)  # vectors of one kind are combined before any is reduced
-            inside[like] = inside[like] & ok if like in inside else ok
+        above = [_largest(s) < high for s in _combined(jnp.maximum, jax.tree.leaves(naive))]  # a NaN is not
+        means = jax.tree.leaves(jax.tree.map(jnp.divide, naive, sizes)) if low > 0 else []
+        below = [_smallest(m) >= low for m in _combined(jnp.minimum, means)]
         return lax.cond(
-            reduce(jnp.logical_and, map(_everywhere, inside.values())),
+            reduce(jnp.logical_and, above + below),
             lambda joined, naive, counts: roots(naive, counts),
             rescaled,
             *(joined, naive, counts),
@@ -486,6 +488,14 @@ def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerP
     if len(leaves) == 1:  # an array may be measured hundreds of times in a step, a tree is measured once
         return lax.platform_dependent(joined, naive, counts, cpu=branch, default=all_scales)
     return branch(joined, naive, counts)
+
+
+def _combined(combine: Callable[[Array, Array], Array], arrays: Sequence[Array]) -> list[Array]:
+    """Arrays of one type combined into one, for each type."""
+    alike: dict[Any, list[Array]] = {}
+    for array in arrays:
+        alike.setdefault(jax.typeof(array), []).append(array)
+    return [reduce(combine, group) for group in alike.values()]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
