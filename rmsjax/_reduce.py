@@ -470,7 +470,7 @@ def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerP
         means = jax.tree.leaves(jax.tree.map(jnp.divide, naive, sizes)) if low > 0 else []
         below = [_smallest(m) >= low for m in _combined(jnp.minimum, means)]
         return lax.cond(
-            reduce(jnp.logical_and, above + below),
+            reduce(jnp.logical_and, above + below, jnp.array(True)),
             lambda joined, naive, counts: roots(naive, counts),
             rescaled,
             *(joined, naive, counts),
@@ -491,10 +491,11 @@ def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerP
 
 
 def _combined(combine: Callable[[Array, Array], Array], arrays: Sequence[Array]) -> list[Array]:
-    """Arrays of one type combined into one, for each type."""
+    """Arrays of one type combined into one, for each type; those without elements are left out."""
     alike: dict[Any, list[Array]] = {}
     for array in arrays:
-        alike.setdefault(jax.typeof(array), []).append(array)
+        if array.size:
+            alike.setdefault(jax.typeof(array), []).append(array)
     return [reduce(combine, group) for group in alike.values()]
 
 
