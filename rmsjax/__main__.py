@@ -31,7 +31,6 @@ INPUTS = 64
 RATE = 3e-3
 MAX_RMS = 2e-3
 CHECKED_STEPS, CHECKED_SEEDS = 4, 3
-DPI = 150
 
 
 class Digits(NamedTuple):
@@ -217,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n3. Training: {args.steps} steps, gradients clipped to an RMS of {MAX_RMS:g}\n\n{text_table(rows)}")
     print("\nAll share one learning rate. How gradients scale with width is a matter of the model; Adam undoes it.")
 
-    draw(record).savefig(args.out, dpi=DPI)
+    draw(record).savefig(args.out, dpi=150)
     print(f"\nPicture of the coordinate check: {args.out}")
     return 0
 
