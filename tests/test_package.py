@@ -61,9 +61,18 @@ def test_readme_has_the_two_commands():
     ]
 
 
+def test_readme_links_work_wherever_it_is_shown():
+    """PyPI shows it too, where a relative link leads nowhere; and what links to our repository is there."""
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert [link for link in links if not link.startswith("https://")] == []
+    ours = [match[1] for link in links if (match := re.search(r"rmsjax/rmsjax/(?:blob/)?main/(.+)", link))]
+    assert len(ours) > 10
+    assert [path for path in ours if not (ROOT / path).is_file()] == []
+
+
 def test_readme_names_exist():
     homes = (rmsjax, rmsjax.probe, rmsjax.geometry, rmsjax.plot, rmsjax.testing)
-    ours = README.split("## What there is")[1].split("### Scopes")[0]
+    ours = README.split("## API at a glance")[1].split("### Scopes")[0]
     names = re.findall(r"`(?:rmsjax\.)?(?:probe\.|plot\.)?(\w+)\(", ours)
     assert len(names) > 10
     assert [name for name in names if not any(hasattr(home, name) for home in homes) and name != "help"] == []
