@@ -46,14 +46,15 @@ def _keep(x: Array, where: Array | None) -> Array:
 
 
 def _counts(plan: Plan, x: Array, where: Array | None, axes: tuple[int, ...], mapped: Mapped) -> PerPool | None:
-    """How many elements a mask leaves to average over, on all devices."""
+    """How many elements a mask leaves to average over, on all devices; 1 for none, whose mean is 0 all the same."""
     if where is None:
         return None
     *others, last = axes
     kept = jnp.sum(where, last, keepdims=True, dtype=jnp.uint32)  # exact, and along one axis it cannot overflow
     kept = jnp.sum(kept.astype(plan.dtype), others, keepdims=True)
     over_x, over_kept = mapped.over(x), mapped.over(kept)  # a mask may be the same on devices that x is split over
-    return PerPool((over_kept.psum(kept) * (over_x.shards() // over_kept.shards()),), plan.slots)
+    kept = over_kept.psum(kept) * (over_x.shards() // over_kept.shards())
+    return PerPool((jnp.maximum(kept, 1),), plan.slots)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rms

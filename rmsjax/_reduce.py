@@ -66,8 +66,7 @@ class PerPool:
         """The entries one by one, in the order of the pools."""
         found: dict[int, Any] = {}
         for value, slot in zip(self.values, self.slots, strict=True):
-            for k, pool in enumerate(slot.pools):
-                found[pool] = lax.index_in_dim(value, k, keepdims=False) if slot.axes is None else value
+            found |= zip(slot.pools, jnp.unstack(value) if slot.axes is None else [value], strict=True)
         return [found[pool] for pool in range(len(found))]
 
     def in_slots_of(self, other: PerPool) -> PerPool:
@@ -90,7 +89,7 @@ class Plan(NamedTuple):
     epsilon: float
     dtype: np.dtype[Any]  # of sums and result
     mapped: tuple[Mapped, ...]  # for each leaf, the mapped axes that it is summed over
-    sizes: tuple[float, ...]  # the number of elements of each pool, over all devices
+    sizes: tuple[float, ...]  # the number of elements of each pool, over all devices; at least 1, to divide by
 
 
 # ------------------------------------------------------------------------------------------------------ numeric tricks
@@ -260,9 +259,9 @@ def _may_be_partitioned(x: Array) -> bool:
 # -------------------------------------------------------------------------------------------------- many small leaves
 
 # XLA:CPU compiles a kernel for each reduction, and that, not the reading of memory, is the cost of a tree of many small
-# leaves. So leaves below this size are joined, this many at a time; joints of more take longer to compile than they
+# leaves. So leaves up to this size are joined, this many at a time; joints of more take longer to compile than they
 # save. Kernels that are alike are compiled once, hence leaves are joined with others of their size.
-_SMALL, _GROUP = 4096, 8
+_SMALL, _GROUP = 4096, 16
 
 
 def bundles(leaves: Sequence[Array], positions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -271,7 +270,7 @@ def bundles(leaves: Sequence[Array], positions: Sequence[int]) -> tuple[tuple[in
     alike: dict[Any, list[int]] = {}
     for i in positions:
         leaf = leaves[i]
-        if leaf.size >= _SMALL or _may_be_partitioned(leaf):
+        if leaf.size > _SMALL or _may_be_partitioned(leaf):
             alone.append((i,))
         else:
             alike.setdefault((leaf.dtype, leaf.size.bit_length(), _varying(leaf)), []).append(i)
@@ -405,7 +404,7 @@ def make_plan(
         shapes = [
             leaves[i].shape if pool.axes is None else [leaves[i].shape[a] for a in pool.axes] for i in pool.members
         ]
-        return float(sum(math.prod(s) * over[i].shards() for i, s in zip(pool.members, shapes, strict=True)))
+        return float(max(1, sum(math.prod(s) * over[i].shards() for i, s in zip(pool.members, shapes, strict=True))))
 
     def bundled(positions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         by_way = [[i for i in positions if over[i] == way and leaves[i].size] for way in dict.fromkeys(over)]
@@ -431,15 +430,13 @@ def _sizes(plan: Plan) -> PerPool:
 
 def _root(plan: Plan, total: Array, scale: Array | float, count: Any) -> Array:
     """sqrt(total/count + epsilon) of a sum that was taken with a scale."""
-    mean = total / jnp.maximum(count, 1)
+    mean = total / count
     root = jnp.sqrt(mean + plan.epsilon * scale * scale) if plan.epsilon else jnp.sqrt(mean)
     if isinstance(scale, float):
         return root
     # The RMS of numbers at the top of the range is in the range: do not let the last rounding carry it beyond.
-    info = jnp.finfo(plan.dtype)
-    limit = float(info.max) * jnp.minimum(scale, 0.5)
-    rounded_up = (scale < 1) & (root > limit) & (root < limit * (1 + 16 * float(info.eps)))
-    return jnp.where(rounded_up, limit, root) / scale
+    largest = float(jnp.finfo(plan.dtype).max) * jnp.minimum(scale, 0.5)  # a root of numbers scaled up is far below
+    return jnp.where(jnp.isfinite(root), jnp.minimum(root, largest), root) / scale
 
 
 def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerPool:
@@ -458,7 +455,8 @@ def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerP
         low = -1.0  # whatever underflowed, epsilon outweighs it
 
     def pick(s: Array, n: Any, below: Any, inside: Any, above: Any) -> Array:
-        return jnp.where(s < high, jnp.where(s >= low * n, inside, below), above)  # NaN goes above, and stays NaN
+        inside = jnp.where(s >= low * n, inside, below) if low > 0 else inside
+        return jnp.where(s < high, inside, above)  # NaN goes above, and stays NaN
 
     def rescaled(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
         scales = jax.tree.map(lambda s, n: pick(s, n, scale, 1.0, 1 / scale).astype(s.dtype), naive, sizes)
@@ -503,8 +501,7 @@ def _combined(combine: Callable[[Array, Array], Array], arrays: Sequence[Array])
 def root_mean_square(plan: Plan, leaves: Sequence[Array], counts: PerPool | None = None) -> PerPool:
     """rho = sqrt(mean(|x|^2) + epsilon) of each pool of the plan.
 
-    counts: what the sums are divided by, where that is not the number of elements (masks); a count of 0 gives
-    sqrt(epsilon). The derivative is mean(Re(conj(x) dx))/rho, and 0 where rho = 0.
+    counts: what the sums are divided by, at least 1, where that is not the number of elements (masks). The derivative is mean(Re(conj(x) dx))/rho, and 0 where rho = 0.
     """
     return _guarded_roots(plan, leaves, _sizes(plan) if counts is None else counts)
 
@@ -545,7 +542,7 @@ def _sum_of_all(terms: Sequence[Array], like: Array) -> Array:
 
 
 def _inverse_root(count: Any, dtype: Any) -> Array:
-    return 1 / jnp.sqrt(jnp.maximum(jnp.asarray(count, dtype), 1))
+    return 1 / jnp.sqrt(jnp.asarray(count, dtype))
 
 
 def direction(x: Array, root: Array, count: Any) -> Array:

@@ -238,7 +238,9 @@ def test_nothing_but_sums_is_sent(kind, scope, measure):
 
 
 @pytest.mark.parametrize(
-    "function", [tree_rms, partial(tree_rms, scope="block"), clip_everything, rms_normalize_each], ids=str
+    "function",
+    [tree_rms, partial(tree_rms, scope="block"), clip_everything, rms_normalize_each],
+    ids=["tree_rms", "tree_rms block", "clip_by_rms", "rms_normalize"],
 )
 def test_nothing_is_gathered_of_arrays_that_are_yet_to_be_placed(function):
     """While tracing nothing says how `in_shardings` will split them, so no array is reshaped or joined with others."""
