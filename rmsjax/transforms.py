@@ -480,10 +480,17 @@ def normalize_by_rms(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+@jax.custom_jvp
 def _hypot(a: Array, b: Array) -> Array:
-    """sqrt(a^2 + b^2), with the derivative 0 at 0, where that of `jnp.hypot` is NaN since jax 0.12."""
-    zero = (a == 0) & (b == 0)
-    return jnp.where(zero, 0, jnp.hypot(jnp.where(zero, 1, a), b))
+    """sqrt(a^2 + b^2) of numbers of any size; `jnp.hypot` has no derivative at 0, nor where 1/a^2 overflows."""
+    return jnp.hypot(a, b)
+
+
+@_hypot.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (a, b), (da, db) = primals, tangents
+    root = _hypot(a, b)
+    return root, _quotient(a, root) * da + _quotient(b, root) * db
 
 
 # ----------------------------------------------------------------------------------------------------------- recording
