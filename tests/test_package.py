@@ -45,13 +45,21 @@ def test_version_comes_from_one_place():
 
 
 def code_blocks():
-    return re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    """(code, what the README says that it prints, or "")."""
+    return re.findall(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", README, re.M | re.S)
 
 
 @pytest.mark.parametrize("index", range(len(code_blocks())))
-def test_readme_code_runs(index):
+def test_readme_code_runs(index, capsys):
+    code, printed = code_blocks()[index]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(code_blocks()[index], {"__name__": "readme"})
+        exec(code, {"__name__": "readme"})
+    if printed:
+        assert capsys.readouterr().out == printed
+
+
+def test_readme_shows_what_a_report_prints():
+    assert sum(bool(printed) for _, printed in code_blocks()) == 1
 
 
 def test_readme_has_the_two_commands():
