@@ -115,6 +115,21 @@ def times(x: Array, *factors: Array) -> Array:
     return reduce(jnp.multiply, [factor.astype(x.dtype) for factor in factors], x)
 
 
+def in_order(x: Array, *factors: Array) -> Array:
+    """`times` from left to right, for factors of which it matters which ones are multiplied first.
+
+    XLA turns (x c) d into x (c d) where the factors are constants, and that may overflow or underflow. To reduce the
+    precision of x c to what it is changes nothing, and prevents it; but reductions do not fuse with that.
+    """
+
+    def product(x: Array, factor: Array) -> Array:
+        info = jnp.finfo(x.dtype)
+        x = times(x, factor)
+        return x if jnp.iscomplexobj(x) else lax.reduce_precision(x, int(info.nexp), int(info.nmant))
+
+    return reduce(product, factors, x)
+
+
 def cpu_barrier(values: T) -> T:
     """Keep XLA:CPU from sharing a computed value between two loops: it would store it in full, in float32.
 
@@ -158,7 +173,7 @@ def _four_over(root: Array) -> Array:
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (root,), (droot,) = primals, tangents
     y = _four_over(root)
-    return y, -(droot * (y / 4) * y)  # 4/root^2 would overflow or underflow
+    return y, -in_order(droot, y / 4, y)  # 4/root^2 would overflow or underflow
 
 
 @jax.custom_jvp
@@ -323,8 +338,12 @@ def _sum_of(terms: Callable[..., Array], axes: Sequence[int], x: Array, *others:
 
 
 def _sum_squares(x: Array, axes: Sequence[int], dtype: np.dtype[Any], scale: Array | None) -> Array:
+    def square(part: Array, *scale: Array) -> Array:
+        # Of a constant x, XLA before that of jax 0.12 would make (x x)(scale scale), but for the maximum.
+        return jnp.square(jnp.maximum(jnp.abs(times(part, *scale)), 0) if scale else part)
+
     def squares(x: Array, *scale: Array) -> Array:
-        return reduce(jnp.add, [jnp.square(times(part, *scale)) for part in real_parts(x, dtype)])
+        return reduce(jnp.add, [square(part, *scale) for part in real_parts(x, dtype)])
 
     return _sum_of(squares, axes, x, *([] if scale is None else [scale]))
 
@@ -431,9 +450,9 @@ def _sizes(plan: Plan) -> PerPool:
 def _root(plan: Plan, total: Array, scale: Array | float, count: Any) -> Array:
     """sqrt(total/count + epsilon) of a sum that was taken with a scale."""
     mean = total / count
-    root = jnp.sqrt(mean + plan.epsilon * scale * scale) if plan.epsilon else jnp.sqrt(mean)
-    if isinstance(scale, float):
-        return root
+    if not isinstance(scale, Array):
+        return jnp.sqrt(mean + plan.epsilon * scale * scale)
+    root = jnp.sqrt(mean + in_order(scale, jnp.asarray(plan.epsilon), scale))
     # The RMS of numbers at the top of the range is in the range: do not let the last rounding carry it beyond.
     largest = float(jnp.finfo(plan.dtype).max) * jnp.minimum(scale, 0.5)  # a root of numbers scaled up is far below
     return jnp.where(jnp.isfinite(root), jnp.minimum(root, largest), root) / scale
@@ -501,7 +520,8 @@ def _combined(combine: Callable[[Array, Array], Array], arrays: Sequence[Array])
 def root_mean_square(plan: Plan, leaves: Sequence[Array], counts: PerPool | None = None) -> PerPool:
     """rho = sqrt(mean(|x|^2) + epsilon) of each pool of the plan.
 
-    counts: what the sums are divided by, at least 1, where that is not the number of elements (masks). The derivative is mean(Re(conj(x) dx))/rho, and 0 where rho = 0.
+    counts: what the sums are divided by, at least 1, where that is not the number of elements (masks).
+    The derivative is mean(Re(conj(x) dx))/rho, and 0 where rho = 0.
     """
     return _guarded_roots(plan, leaves, _sizes(plan) if counts is None else counts)
 
@@ -530,7 +550,7 @@ def _differential(
                 for i in slot.members(pool)
                 if i in moving
             ]
-            found[pool] = _sum_of_all(products, root) * _inverse_root(count, root.dtype)
+            found[pool] = in_order(_sum_of_all(products, root), _inverse_root(count, root.dtype))
     return in_slots(plan.slots, [found[p] for p in range(len(found))], jnp.stack)
 
 

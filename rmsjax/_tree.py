@@ -18,7 +18,19 @@ from jax import Array
 
 from rmsjax import _reduce
 from rmsjax._checks import as_axes, as_mapped, as_numeric
-from rmsjax._reduce import Mapped, PerPool, Pool, accumulator_dtype, divide4, join, lift, part, split_ratio, times
+from rmsjax._reduce import (
+    Mapped,
+    PerPool,
+    Pool,
+    accumulator_dtype,
+    divide4,
+    in_order,
+    join,
+    lift,
+    part,
+    split_ratio,
+    times,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
@@ -240,7 +252,7 @@ def _rescale_linear(leaves: Sequence[Array], roots: PerPool, targets: PerPool) -
     """`_rescale`, of which JAX is to see that it is linear in the leaves."""
 
     def scaled(x: Array, a: Array, b: Array, same: Array) -> Array:
-        product = times(lift(x, a.dtype), a, b).astype(x.dtype)
+        product = in_order(lift(x, a.dtype), a, b).astype(x.dtype)
         # A selection beside the product: a step that changes nothing then need not write, if the leaves were donated.
         return jnp.where(same, x, product) if same.ndim == 0 else product
 
@@ -275,7 +287,7 @@ def _(primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
 
     def change(root: Array, target: Array, droot: Array, dtarget: Array) -> Array:
         a, b = split_ratio(target, root)
-        return (dtarget - droot * a * b) / 4
+        return (dtarget - in_order(droot, a, b)) / 4
 
     def moved(x: Array, root: Array, by: Array) -> Array:
         return times(divide4(lift(x, root.dtype), root), by).astype(x.dtype)

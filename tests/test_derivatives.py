@@ -191,6 +191,27 @@ def test_derivatives_of_many_elements_stay_in_range(name):
             np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("name", ["rms", "tree_rms", "rms_normalize", "clip_by_rms"])
+def test_constants(name):
+    """XLA multiplies constants first where it can, and what is in range in one order may not be in another."""
+    clip = rmsjax.clip_by_rms(1e-31)
+
+    def clipped(x):
+        return clip.update(x, clip.init(x))[0] * 1e31
+
+    f = {"clip_by_rms": clipped, "rms_normalize": partial(rms_normalize, epsilon=0.0)}.get(name, getattr(rmsjax, name))
+    x, t = (jnp.asarray(a * 1e30, jnp.float32) for a in (X, T))
+    want = jax.jit(lambda x, t: jax.jvp(f, (x,), (t,)))(x, t)
+    for found in (
+        jax.jit(lambda: jax.jvp(f, (x,), (t,)))(),
+        jax.jit(lambda t: jax.jvp(f, (x,), (t,)))(t),
+        jax.jit(lambda x: jax.jvp(f, (x,), (t,)))(x),
+        jax.jvp(f, (x,), (t,)),
+    ):
+        for value, expected in zip(found, want, strict=True):
+            np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
 def test_zero():
     """The norm has a kink there, and its derivative is 0 by definition, of all orders and in both modes."""
     zero, t = jnp.zeros(N), jnp.asarray(T, jnp.float32)

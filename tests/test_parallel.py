@@ -312,11 +312,15 @@ def test_normalizing_whole_rows_sends_a_flag_at_most():
 
 
 def test_accelerators_send_one_message_for_each_norm_and_no_flag(monkeypatch):
-    """Where there is no branch, three sums for each row, at three scales, are on their way together."""
+    """Where there is no branch, the sums for each row at all scales are on their way together.
+
+    That are three, and two where the epsilon is more than what can underflow.
+    """
     monkeypatch.setattr(_reduce.lax, "platform_dependent", lambda *args, default, **platforms: default(*args))
-    normalize = jax.jit(partial(rms_normalize, epsilon=1.5e-6))  # a program that was not traced before
     args = shapes((X, SCALE), (P("data", "model"), P("model")))
-    assert sent(normalize, *args) == [Sent("all-reduce", True, ROWS * 3)]
+    for epsilon, scales in (1.5e-18, 3), (1.5e-6, 2):  # programs that were not traced before
+        normalize = jax.jit(partial(rms_normalize, epsilon=epsilon))
+        assert sent(normalize, *args) == [Sent("all-reduce", True, ROWS * scales)]
     assert sent(normalize, *shapes((X, SCALE), (P("data"), P()))) == []
 
 
