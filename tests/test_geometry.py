@@ -18,7 +18,6 @@ from rmsjax.testing import assert_norm, assert_orthogonal_invariant, assert_rota
 getcontext().prec = 50
 
 KEY = jax.random.key(7)
-DIMENSIONS = (1, 2, 3, 64, 4096)
 # A property holds if its gap is below the one, and is refuted by a gap above the other. The functions that are judged
 # add up to 4096 float32 naively.
 ROUNDING, SEEN = 1e-4, 1e-3
@@ -107,7 +106,11 @@ def judge(name: str, what: str, gap: Any, holds: bool) -> list[str]:
     return [] if right else [f"{name}: {what} has the gap {gap}, but holds: {holds}"]
 
 
-@pytest.mark.parametrize("n", DIMENSIONS)
+# What differs between versions of JAX shows in one dimension.
+ALL_DIMENSIONS = [pytest.param(n, marks=[] if n == 3 else pytest.mark.once) for n in (1, 2, 3, 64, 4096)]
+
+
+@pytest.mark.parametrize("n", ALL_DIMENSIONS)
 def test_known_answers(n):
     wrong: list[str] = []
     for name, case in CASES.items():
@@ -118,14 +121,14 @@ def test_known_answers(n):
         wrong += judge(name, "evenness", geometry.is_even_gap(case.f, n, KEY), case.even)
         wrong += judge(name, "norm", max(geometry.norm_axioms_gap(case.f, n, KEY)), is_norm)
         if is_norm:
-            constant, deviation = geometry.euclidean_constant(case.f, n, KEY)
+            constant, deviation = geometry.euclidean_constant(case.f, n, KEY, 128)  # as many points as a gap has
             wrong += judge(name, "c|x|", deviation, invariant or n == 1)
             if case.constant:
                 wrong += judge(name, "its constant", abs(constant / case.constant(n) - 1), True)
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("n", DIMENSIONS)
+@pytest.mark.parametrize("n", ALL_DIMENSIONS)
 def test_equivariance_is_lost_with_a_scale_that_is_not_constant(n):
     uneven = 1 + jnp.arange(n) % 2 / 2
     functions = {"no scale": rmsjax.rms_normalize, "uneven": partial(rmsjax.rms_normalize, scale=uneven)}
@@ -134,15 +137,22 @@ def test_equivariance_is_lost_with_a_scale_that_is_not_constant(n):
         functions["even"] = partial(rmsjax.rms_normalize, scale=jnp.full(n, 1.5))
         functions |= {"shift": lambda x: x + uneven, "roll": lambda x: jnp.roll(x, 1)}
         holds |= {"even": True, "shift": False, "roll": False}
-    gaps = jax.jit(lambda key: {name: geometry.equivariance_gap(f, n, key, 16) for name, f in functions.items()})(KEY)
+    gaps = {name: geometry.equivariance_gap(f, n, KEY, 16) for name, f in functions.items()}
     assert not [wrong for name, gap in gaps.items() for wrong in judge(name, "O(n)", gap, holds[name])]
 
 
+@pytest.mark.once
 def test_the_layer_is_equivariant_until_its_scale_is_trained():
     layer = rmsjax.nnx.RMSNorm(3, rngs=nnx.Rngs(0))
     assert geometry.equivariance_gap(layer, 3, KEY) < ROUNDING
     layer.scale[...] = jnp.array([1.0, 1.0, 1.5])
     assert geometry.equivariance_gap(layer, 3, KEY) > 0.1
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_equivariance_of_any_size(size):
+    assert geometry.equivariance_gap(lambda x: x * size, 3, KEY, 16) < ROUNDING
+    assert geometry.equivariance_gap(lambda x: jnp.abs(x) * size, 3, KEY, 16) > 0.1
 
 
 def test_equivariance_tells_rotations_from_reflections():
@@ -175,7 +185,7 @@ def test_radial_profile(n):
     assert profile(l2(x)) == pytest.approx(float(jnp.vdot(x, x) + 1))
 
 
-# ----------------------------------------------------------------------------------------------------- what is drawn
+# ------------------------------------------------------------------------------------------------------------ sampling
 
 
 def z_score(samples, expected):
@@ -185,6 +195,7 @@ def z_score(samples, expected):
     return abs(samples.mean() - expected) / (error + 1e-6)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_matrices_are_orthogonal_with_the_moments_of_haar(n):
     draw = jax.jit(jax.vmap(lambda key: (geometry.random_orthogonal(key, n), geometry.random_rotation(key, n))))
@@ -236,6 +247,24 @@ def test_rotation_between_numbers():
     assert geometry.rotation_between(one, -one) == -1
 
 
+def test_rotation_between_large_small_and_narrow_vectors():
+    x, y = jnp.array([1e30, 0.0], jnp.float32), jnp.array([0, 1e-30], jnp.bfloat16)
+    R = geometry.rotation_between(x, y)
+    assert R.dtype == jnp.float32
+    np.testing.assert_allclose(R, [[0, -1], [1, 0]], atol=1e-6)
+
+
+def test_no_rotation_starts_or_ends_at_zero():
+    one, zero = jnp.ones(3), jnp.zeros(3)
+    with pytest.raises(ValueError, match="rotation_between: y must not be zero"):
+        geometry.rotation_between(one, zero)
+    with pytest.raises(ValueError, match="rotation_between: x must not be zero"):
+        jax.jit(lambda y: geometry.rotation_between(zero, y))(one)
+    assert np.isnan(jax.jit(geometry.rotation_between)(one, zero)).all()
+    assert np.isnan(jax.jit(geometry.rotation_between)(zero, one)).all()
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("n", [2, 3])
 def test_pairs_have_the_law_of_a_haar_matrix(n):
     def draw(key):
@@ -288,6 +317,7 @@ def test_nan_is_a_violation():
 # ------------------------------------------------------------------------------------------------ norms at every width
 
 
+@pytest.mark.once
 def test_growth_of_the_norms_with_width():
     ns = (16, 256, 4096)
     norms = {"rms": rmsjax.rms, "l2": l2, "l1": l1, "max": lambda x: jnp.max(jnp.abs(x))}
@@ -318,6 +348,27 @@ def test_distributions_have_mean_zero_and_variance_one(distribution, fourth):
     for mean, error, expected in zip(estimate.mean, estimate.standard_error, (1, fourth), strict=True):
         assert abs(mean - expected) < 5 * error + 1e-5
         assert error < 0.1
+
+
+def test_batches(monkeypatch):
+    """The same law, drawn a batch at a time, by a program that does not grow with the number of batches."""
+    monkeypatch.setattr(geometry, "_BATCH", 64)
+
+    def estimate(samples):
+        return geometry.family_constant(l1, (4, 8), KEY, samples=samples)
+
+    found = estimate(101)  # batches of 16 and 8, of which the last is not full
+    exact = np.sqrt(2 / np.pi) * np.array([4, 8])
+    assert (np.abs(found.mean - exact) < 5 * found.standard_error).all()
+    assert found.standard_error == pytest.approx(np.sqrt(np.array([4, 8]) * (1 - 2 / np.pi) / 101), rel=0.4)
+    few, many = (len(jax.make_jaxpr(estimate, static_argnums=0)(n).jaxpr.eqns) for n in (101, 1001))
+    assert few == many
+
+
+def test_a_family_without_a_logarithm_has_no_slope():
+    estimate = geometry.family_constant(lambda x: jnp.float32(x.size - 4), (4, 8), KEY)
+    assert np.array_equal(estimate.mean, [0, 4])
+    assert np.isnan(geometry.family_constant(lambda x: -l1(x), (4, 8), KEY).slope)
 
 
 def test_standard_errors_and_slope():
@@ -362,20 +413,22 @@ def test_mean_rms_of_a_normal_vector():
     check_mean_rms(jnp.float32)
 
 
+@pytest.mark.once
 def test_mean_rms_of_a_normal_vector_in_float64(x64):
     check_mean_rms(jnp.float64)
     check_mean_rms(jnp.float32)
 
 
 def test_mean_rms_takes_integers_and_grows_to_one():
-    assert geometry.gaussian_mean_rms(10**12) == 1
+    assert geometry.gaussian_mean_rms(10**12) == geometry.gaussian_mean_rms(10**20) == 1
     assert geometry.gaussian_mean_rms(np.int64(1)) == pytest.approx(math.sqrt(2 / math.pi), rel=1e-6)
     values = geometry.gaussian_mean_rms(jnp.arange(1, 1000))
     assert values.shape == (999,)
     assert (np.diff(values) > 0).all()
     assert values[-1] < 1
-    assert geometry.gaussian_mean_rms(jnp.ones((2, 3), jnp.bfloat16)).dtype == jnp.float32
-    assert geometry.gaussian_mean_rms(jnp.ones((2, 3), jnp.bfloat16)).shape == (2, 3)
+    assert np.array_equal(geometry.gaussian_mean_rms([1, 10**20]), geometry.gaussian_mean_rms([1.0, 1e20]))
+    narrow = geometry.gaussian_mean_rms(jnp.ones((2, 3), jnp.bfloat16))
+    assert (narrow.dtype, narrow.shape) == (jnp.float32, (2, 3))
 
 
 # ------------------------------------------------------------------------------------------------ under transformations
@@ -389,6 +442,7 @@ def test_a_batch_of_keys_gives_as_many_worst_cases():
     assert len(np.unique(batch.at["Rx"], axis=0)) == 3
 
 
+@pytest.mark.once
 def test_a_gap_can_be_trained_away():
     def gap(scale):
         return geometry.rotation_gap(lambda x: l2(scale * x), 2, KEY, 16)
@@ -401,6 +455,7 @@ def test_a_gap_can_be_trained_away():
     assert gap(scale) < 0.7 * before
 
 
+@pytest.mark.once
 def test_in_float64(x64):
     assert geometry.rotation_gap(l2, 3, KEY) < 1e-14
     assert geometry.random_rotation(KEY, 3).dtype == jnp.float64
@@ -418,7 +473,30 @@ def test_assertions_pass_for_the_rms_norm(n):
     assert_rotation_invariant(rmsjax.rms, n)
     assert_orthogonal_invariant(rmsjax.rms, n)
     assert_norm(rmsjax.rms, n)
-    assert_norm(lambda x: rmsjax.rms(x.astype(jnp.bfloat16)).astype(jnp.bfloat16), n)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_narrow_types_are_judged_by_what_they_can_show(dtype):
+    def narrow(f):
+        return lambda x: f(x.astype(dtype).astype(jnp.float32)).astype(dtype)
+
+    eight_bits = dtype.startswith("float8")
+    for n in 2, 64:
+        assert_rotation_invariant(narrow(rmsjax.rms), n)
+        assert_norm(narrow(rmsjax.rms), n)
+        with pytest.raises(AssertionError, match=r"tolerance 0\.25" if eight_bits else r"tolerance 0\.0"):
+            assert_rotation_invariant(narrow(l1), n)
+    if not eight_bits:
+        assert_rotation_invariant(lambda x: jnp.linalg.norm(x.astype(dtype)), 64)
+        with pytest.raises(AssertionError, match=r"is off by 0\.0"):
+            assert_rotation_invariant(narrow(lambda x: l2(x) + 0.05 * x[0]), 3)
+
+
+def test_a_large_constant_hides_what_varies():
+    assert_rotation_invariant(lambda x: 1e5 + x[0], 3)
+    with pytest.raises(AssertionError, match="is off by"):
+        assert_rotation_invariant(lambda x: 1 + x[0], 3)
 
 
 def test_failures_show_the_worst_x_and_R():
@@ -439,7 +517,8 @@ def test_failures_show_the_worst_x_and_R():
     ("call", "message"),
     [
         (lambda: assert_orthogonal_invariant(jnp.sum, 1), r"(?s)sum is not invariant for n = 1.*  R = \[\[-1"),
-        (lambda: assert_rotation_invariant(l1, 4096), r"(?s)for n = 4096.*x = \[.* \.\.\. .*Rx = \["),
+        (lambda: assert_rotation_invariant(l1, 4096), r"(?s)n = 4096.*x = \[.* \.\.\. .*Rx = \[.*R: rotation_between"),
+        (lambda: assert_norm(lambda x: jnp.sqrt(x[0] ** 2 + 1e-8 * x[1] ** 2), 2), r"f\(x\) = .*, what counts as 0 = "),
         (lambda: assert_norm(jnp.std, 3), r"std is no norm for n = 3\nf\(0\) = 0 and f\(x\) > 0 elsewhere is"),
         (lambda: assert_norm(lambda x: l2(x) ** 2, 3), r"(?s)f\(ax\) = \|a\| f\(x\) is off by.*a = .*x = \[.*x \+ y"),
         (lambda: assert_norm(lambda x: l2(x) * jnp.nan, 3), r"is off by nan"),
@@ -457,6 +536,7 @@ def test_tolerance_key_and_samples():
         return l2(x) + 1e-3 * x[0]
 
     assert_rotation_invariant(slanted, 3, tolerance=0.1, samples=3, key=KEY)
+    assert_rotation_invariant(slanted, 3, tolerance=jnp.float32(0.1))
     assert_orthogonal_invariant(slanted, 3, tolerance=0.1)
     assert_norm(lambda x: l2(x) ** 1.001, 3, tolerance=0.1)
     assert_rotation_invariant(jnp.sum, 1)  # SO(1) is trivial
@@ -468,12 +548,19 @@ def test_tolerance_key_and_samples():
         (lambda: geometry.random_rotation(KEY, 0), ValueError, "random_rotation: n must be at least 1, got 0"),
         (lambda: geometry.random_orthogonal(KEY, 2.0), TypeError, "random_orthogonal: n must be an integer known at"),
         (lambda: jax.jit(geometry.random_orthogonal)(KEY, 2), TypeError, "n must be an integer known at trace time"),
+        (lambda: geometry.random_rotation(KEY, 2, jnp.float16), TypeError, "must be float32 or float64, got float16"),
+        (lambda: geometry.random_orthogonal(KEY, 2, "int32"), TypeError, "random_orthogonal: dtype must be float32 or"),
+        (lambda: geometry.random_orthogonal(0, 2), TypeError, "random_orthogonal: key must be a random key such as"),
+        (lambda: geometry.rotation_gap(l1, 3, 0), TypeError, r"rotation_gap: key must be a random key .* got 0"),
+        (lambda: geometry.rotation_gap(np.linalg.norm, 3, KEY), TypeError, "rotation_gap: f must be a function"),
+        (lambda: assert_norm(lambda x: x[0] if x[0] > 0 else -x[0], 3), TypeError, "axioms: f must be a function"),
         (lambda: geometry.rotation_gap(l1, 0, KEY), ValueError, "rotation_gap: n must be at least 1, got 0"),
         (lambda: geometry.orthogonal_gap(l1, 3, KEY, 0), ValueError, "orthogonal_gap: samples must be at least 1"),
         (lambda: geometry.rotation_gap(jnp.abs, 3, KEY), ValueError, r"gap: f must give a number, got shape \(3,\)"),
         (lambda: geometry.is_even_gap(lambda x: x[0] > 0, 3, KEY), TypeError, "is_even_gap: what f returns must be"),
         (lambda: geometry.is_even_gap(lambda x: x[0].astype(complex), 3, KEY), TypeError, "must be real, got dtype"),
-        (lambda: geometry.euclidean_constant(lambda x: None, 3, KEY), TypeError, "what f returns must be an array of"),
+        (lambda: geometry.euclidean_constant(lambda x: None, 3, KEY), TypeError, "what norm returns must be an array"),
+        (lambda: geometry.euclidean_constant(l1, 3, KEY, 1), ValueError, "constant: samples must be at least 2"),
         (lambda: geometry.norm_axioms_gap(l1, "3", KEY), TypeError, "norm_axioms_gap: n must be an integer"),
         (lambda: geometry.equivariance_gap(l1, 3, KEY), ValueError, r"must keep the shape of a vector, got shape \(\)"),
         (lambda: geometry.equivariance_gap(lambda x: x > 0, 3, KEY), TypeError, "gap: what f returns must be an array"),
@@ -482,10 +569,16 @@ def test_tolerance_key_and_samples():
         (lambda: geometry.rotation_between(jnp.arange(2), jnp.ones(2)), TypeError, "x must be an array of floating"),
         (lambda: geometry.family_constant(l1, (3, 3), KEY), ValueError, r"two different dimensions, got \(3, 3\)"),
         (lambda: geometry.family_constant(l1, (3, 0), KEY), ValueError, "an entry of ns must be at least 1, got 0"),
+        (lambda: geometry.family_constant(l1, 4, KEY), TypeError, "ns must be a sequence of integers, got 4"),
+        (lambda: geometry.family_constant(l1, (2, 3), KEY, lambda k, shape: jax.random.normal(k, shape[::-1])),
+         ValueError, r"distribution must give the shape \(256, 2\), got \(2, 256\)"),
+        (lambda: geometry.family_constant(l1, (2, 3), KEY, lambda key, shape: jnp.ones(shape, int)), TypeError,
+         "what distribution gives must be an array of floating"),
         (lambda: geometry.family_constant(l1, (2, 3), KEY, "cauchy"), ValueError, "or a function, got 'cauchy'"),
         (lambda: geometry.family_constant(l1, (2, 3), KEY, samples=1), ValueError, "samples must be at least 2, got 1"),
-        (lambda: geometry.family_constant(jnp.abs, (2, 3), KEY), ValueError, "family_constant: f must give a number"),
-        (lambda: geometry.gaussian_mean_rms([1, 0]), ValueError, "gaussian_mean_rms: n must be positive, got"),
+        (lambda: geometry.family_constant(jnp.abs, (2, 3), KEY), ValueError, "norm_family must give a number"),
+        (lambda: geometry.gaussian_mean_rms([1, 0]), ValueError, "gaussian_mean_rms: n must be at least 1, got"),
+        (lambda: geometry.gaussian_mean_rms(0.5), ValueError, "gaussian_mean_rms: n must be at least 1, got 0.5"),
         (lambda: geometry.gaussian_mean_rms("3"), TypeError, "gaussian_mean_rms: n must be an array of floating-point"),
         (lambda: assert_norm(l1, 3, tolerance=-1.0), ValueError, "assert_norm: tolerance must be finite and at"),
     ],
