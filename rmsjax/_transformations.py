@@ -1,8 +1,10 @@
 """A function under each JAX transformation, compared with a plain call of it: the engine of `rmsjax.testing`.
 
 `Subject` holds the function, the arguments, and what is expected: the values of a plain call, gradients, and slopes by
-finite differences. Each entry of `TRANSFORMATIONS` applies one transformation to a subject and compares; it raises
-`AssertionError` where something differs and `NotApplicable` where the transformation has no meaning for the function.
+finite differences. Each entry of `TRANSFORMATIONS` is a check: it applies one transformation to a subject and compares;
+it raises `AssertionError` where something differs and `NotApplicable` where the transformation has no meaning for the
+function. Compiling is nearly all that checks cost, and their programs have most in common. So a check does not compile:
+it yields a function with inputs, and `errors_of` compiles the functions of all checks as one program.
 
 Complex arguments are taken apart into real and imaginary parts, so that all derivatives are those of real functions.
 """
@@ -11,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Generator, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -27,6 +29,9 @@ Arrays = list[Any]
 Flat = Callable[..., Arrays]
 """A function from arrays to a list of arrays."""
 
+Steps = Generator[tuple[Callable[..., Any], Sequence[Any]], Any, None]
+"""Of a check: it yields a function and inputs, and is sent what the function, compiled, gives for them."""
+
 # Batches are made of this many different examples: a rule that mixes up examples then shows.
 _EXAMPLES = 3
 
@@ -37,6 +42,10 @@ class NotApplicable(Exception):
 
 def _is_inexact(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _widened(x: Any, dtype: Any) -> Any:
@@ -52,7 +61,7 @@ def _real(arrays: Sequence[Any]) -> Arrays:
 
 def _wide(x: Any) -> np.ndarray[Any, Any]:
     """Any array in a dtype that NumPy can subtract and compare in."""
-    x = np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+    x = np.asarray(jax.random.key_data(x) if _is_key(x) else x)
     return x.astype(np.complex128 if jnp.iscomplexobj(x) else np.float64)
 
 
@@ -74,8 +83,20 @@ def _example(inputs: Sequence[Any], k: int) -> Arrays:
     return [x * jnp.asarray(rng.uniform(0.5, 1.0, x.shape), x.dtype) if _is_inexact(x) else x for x in inputs]
 
 
-def _stack(examples: Sequence[Arrays]) -> Arrays:
-    return [jnp.stack(xs) for xs in zip(*examples, strict=True)]
+def _batch(per_example: Sequence[Arrays], numbers: Any) -> Arrays:
+    """The arrays of the examples with these numbers, which may have any shape, as leading axes."""
+    numbers = np.asarray(numbers)
+    if not numbers.shape:
+        return per_example[int(numbers)]
+
+    def stacked(arrays: Sequence[Any]) -> Any:
+        chosen = [arrays[k] for k in numbers.ravel()]
+        if _is_key(chosen[0]):
+            return jnp.stack(chosen).reshape(*numbers.shape, *chosen[0].shape)
+        # By NumPy, since each new shape would be compiled.
+        return np.stack([np.asarray(x) for x in chosen]).reshape(*numbers.shape, *chosen[0].shape)
+
+    return [stacked(arrays) for arrays in zip(*per_example, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------ the comparison
@@ -122,6 +143,18 @@ def _digits(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps) ** 0.75 if jnp.issubdtype(dtype, jnp.inexact) else 0.0
 
 
+def _eps(*dtypes: Any) -> float:
+    """The machine epsilon of the coarsest of some floating types."""
+    return max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+
+
+class Slope(NamedTuple):
+    """A derivative by differences of values, and the coarsest type among those that went into it."""
+
+    value: np.ndarray[Any, Any]
+    dtype: Any
+
+
 class Subject:
     """A function of real arrays to a list of arrays, and what to expect of it."""
 
@@ -149,7 +182,8 @@ class Subject:
         outputs = _real(self.values[0])
         self.differentiable = bool(self.moving and outputs)
         rng = np.random.default_rng(0)
-        self.weights = [rng.uniform(0.5, 1.5, y.shape) * rng.choice([-1.0, 1.0], y.shape) for y in outputs]
+        # Of two binary digits, which the narrowest types hold as they are.
+        self.weights = [rng.choice([-1.5, -1.25, -1.0, -0.75, 0.75, 1.0, 1.25, 1.5], y.shape) for y in outputs]
 
     # ---------------------------------------------------------------------------------------------------- the function
 
@@ -256,111 +290,130 @@ class Subject:
         return [vary(x) for x in self.take(self.inputs)]
 
     @cached_property
+    def points(self) -> list[tuple[Arrays, Arrays]]:
+        """Where to differentiate, and in which direction: at the inputs, and if some are narrower, in float32 as well.
+
+        There the slope has more digits, and shows a wrong rule that the rounding of a narrow type would hide.
+        """
+        given = (self.take(self.inputs), self.direction)
+        wide: Any = tuple([_widened(x, jnp.float32) for x in arrays] for arrays in given)
+        return [given] if [x.dtype for x in given[0]] == [x.dtype for x in wide[0]] else [given, wide]
+
+    @cached_property
     def _jvp(self) -> Callable[..., Any]:
         return jax.jit(lambda f, xs, vs: jax.jvp(f, xs, vs)[1], static_argnums=0)
 
-    def slopes(self, f: Flat, moving: Sequence[Any], direction: Sequence[Any]) -> Arrays:
+    def slopes(self, f: Flat, direction: Sequence[Any] | None = None) -> list[Slope]:
         """The derivative of f in a direction: by finite differences, or by JAX where these are not wanted.
 
         Five points, at a step that balances rounding against the fourth power of the step. In types of fewer than 32
         bits differences are mostly rounding, so they are taken in float32.
         """
+        xs, vs = self.points[-1] if self.finite_differences else self.points[0]
+        if direction is not None:
+            vs = [jnp.asarray(v, x.dtype) for x, v in zip(xs, direction, strict=True)]
         if not self.finite_differences:
-            return self._jvp(f, tuple(moving), tuple(direction))
-        xs, vs = ([_widened(x, jnp.float32) for x in arrays] for arrays in (moving, direction))
-        step = max(float(jnp.finfo(x.dtype).eps) for x in xs) ** 0.2
+            return [Slope(_wide(slope), slope.dtype) for slope in self._jvp(f, tuple(xs), tuple(vs))]
+        coarsest = [max((y.dtype, *(x.dtype for x in xs)), key=_eps) for y in f(*xs)]
+        step = _eps(*coarsest) ** 0.2
 
         def at(k: int) -> Arrays:
             return [_wide(y) for y in f(*[x + jnp.asarray(k * step, x.dtype) * v for x, v in zip(xs, vs, strict=True)])]
 
         return [
-            _minus(8 * _minus(right, left), _minus(far_right, far_left)) / (12 * step)
-            for right, left, far_right, far_left in zip(at(1), at(-1), at(2), at(-2), strict=True)
+            Slope(_minus(8 * _minus(right, left), _minus(far_right, far_left)) / (12 * step), dtype)
+            for right, left, far_right, far_left, dtype in zip(at(1), at(-1), at(2), at(-2), coarsest, strict=True)
         ]
 
-    @cached_property
-    def tangents(self) -> Arrays:
-        return self.slopes(self.real, self.take(self.inputs), self.direction)
+    def _values_at(self, *moving: Any) -> Arrays:
+        return _real(self.program(*self.put(moving))[0])
 
     @cached_property
-    def gradient_slopes(self) -> Arrays:
+    def tangents(self) -> list[Slope]:
+        """How the outputs change in the direction."""
+        return self.slopes(self._values_at)
+
+    @cached_property
+    def gradient_slopes(self) -> list[Slope]:
         """How the gradient changes in the direction."""
-        return self.slopes(lambda *xs: self.program(*self.put(xs))[1], self.take(self.inputs), self.direction)
+        return self.slopes(lambda *moving: self.program(*self.put(moving))[1])
 
     @cached_property
-    def loss_slopes(self) -> list[float]:
-        """The derivative of the loss, with respect to each input, in the direction."""
-        slopes: list[float] = []
-        for i in range(len(self.moving)):
+    def loss_slopes(self) -> list[Slope]:
+        """How the loss changes with each input, in the direction."""
+
+        def along(i: int) -> Slope:
             alone = [v if i == j else jnp.zeros_like(v) for j, v in enumerate(self.direction)]
-            slopes.append(_inner(self.weights, self.slopes(self.real, self.take(self.inputs), alone)))
-        return slopes
+            slopes = self.slopes(self._values_at, alone)
+            value = _inner(self.weights, [slope.value for slope in slopes])
+            return Slope(np.asarray(value), max((slope.dtype for slope in slopes), key=_eps))
+
+        return [along(i) for i in range(len(self.moving))]
 
     # ------------------------------------------------------------------------------------------------ the checks
 
-    def tolerance(self, dtype: Any, widest: float = 0.0) -> float:
-        return max(_digits(dtype) if self.rtol is None else self.rtol, widest)
-
-    def _slope_tolerance(self, dtype: Any) -> float:
-        return max(float(jnp.finfo(dtype).eps) ** 0.4, 10 * self.tolerance(dtype))
+    def tolerance(self, dtype: Any) -> float:
+        return _digits(dtype) if self.rtol is None else self.rtol
 
     def check_values(self, got: Sequence[Any], want: Sequence[Any], *, dtype: bool = True) -> None:
         _check_count(got, want)
         for name, g, w in zip(self.output_names, got, want, strict=True):
             _check_close(name, g, w, self.tolerance(w.dtype), atol=self.atol, dtype=dtype)
 
+    def check_real_values(self, got: Sequence[Any]) -> None:
+        """The values that come with a derivative."""
+        for name, g, want in zip(self.real_output_names, got, _real(self.values[0]), strict=True):
+            _check_close(name, g, want, self.tolerance(want.dtype), atol=self.atol)
+
     def check_gradients(self, got: Sequence[Any], want: Sequence[Any], *, dtype: bool = True) -> None:
         """Gradients of a transformed function against those of the function itself."""
         for i, g, w in zip(self.moving, got, want, strict=True):
             name = f"the gradient with respect to {self.names[i]}"
-            _check_close(name, g, w, 4 * self.tolerance(w.dtype), atol=self.atol, dtype=dtype)
+            _check_close(name, g, w, 2 * self.tolerance(w.dtype), atol=self.atol, dtype=dtype)
+
+    def check_transformed(self, outputs: tuple[Arrays, Arrays], numbers: Any = 0, *, dtype: bool = True) -> None:
+        """Values and gradients of a transformed function, for the examples with these numbers."""
+        values, gradients = outputs
+        self.check_values(values, _batch(self.values, numbers), dtype=dtype)
+        if self.has_gradient:
+            self.check_gradients(gradients, _batch(self.gradients, numbers), dtype=dtype)
+
+    def transformed(self, flat: Flat, inputs: Sequence[Any], numbers: Any = 0) -> Steps:
+        """The steps of a check of values and gradients."""
+        self.check_transformed((yield self.with_gradient(flat, batch_dims=np.ndim(numbers)), inputs), numbers)
 
     def check_gradient_slopes(self, got: Sequence[Any]) -> None:
         """A gradient against the slopes of the function."""
         size = _inner([np.abs(w) for w in self.weights], [np.abs(_wide(y)) for y in _real(self.values[0])])
-        for i, g, v, want in zip(self.moving, got, self.direction, self.loss_slopes, strict=True):
-            x = self.inputs[i]
+        for i, g, v, slope in zip(self.moving, got, self.direction, self.loss_slopes, strict=True):
             name = f"the gradient with respect to {self.names[i]}, along a random direction,"
-            slope = np.asarray(_inner([g], [v]))
-            _check_close(name, slope, np.asarray(want), self._slope_tolerance(x.dtype), scale=size, atol=self.atol)
+            self._check_slope(name, _inner([g], [v]), slope, size, g.dtype)
 
-    def check_tangents(self, got: Sequence[Any]) -> None:
-        """The derivative of the outputs in the direction."""
-        for name, g, w, y in zip(self.real_output_names, got, self.tangents, _real(self.values[0]), strict=True):
-            self._check_slope(f"the derivative of {name}", g, w, y)
+    def check_tangents(self, got: Sequence[Any], dtypes: Sequence[Any] | None = None) -> None:
+        """The derivative of the outputs in the direction, from numbers of these types; by default those of got."""
+        dtypes = [g.dtype for g in got] if dtypes is None else dtypes
+        outputs = _real(self.values[0])
+        for name, g, slope, y, dtype in zip(self.real_output_names, got, self.tangents, outputs, dtypes, strict=True):
+            self._check_slope(f"the derivative of {name}, in a random direction,", g, slope, y, dtype)
 
     def check_hessian(self, hessian: Any) -> None:
         """A matrix of second derivatives of the loss, in the direction."""
-        for i, row, w, g in zip(self.moving, hessian, self.gradient_slopes, self.gradients[0], strict=True):
-            got = sum(_contract(entry, v) for entry, v in zip(row, self.direction, strict=True))
-            self._check_slope(f"the derivative of the gradient with respect to {self.names[i]}", got, w, g)
+        for i, row, slope, g in zip(self.moving, hessian, self.gradient_slopes, self.gradients[0], strict=True):
+            name = f"the derivative of the gradient with respect to {self.names[i]}, in a random direction,"
+            self._check_slope(name, *self.contract(row)[:1], slope, g, self.contract(row)[1])
 
-    def _check_slope(self, name: str, got: Any, want: Any, value: Any) -> None:
+    def contract(self, derivatives: Sequence[Any]) -> tuple[np.ndarray[Any, Any], Any]:
+        """A row of a Jacobian in the direction, and the coarsest of its types."""
+        terms = [_contract(d, v) for d, v in zip(derivatives, self.direction, strict=True)]
+        return sum(terms[1:], terms[0]), max((d.dtype for d in derivatives), key=_eps)
+
+    def _check_slope(self, name: str, got: Any, slope: Slope, value: Any, dtype: Any) -> None:
         # The direction is as large as the inputs, so values and derivatives are of one size, and share rounding errors.
-        size = float(np.max(np.abs(_wide(value)), where=np.isfinite(_wide(value)), initial=0.0))
-        tolerance = self._slope_tolerance(value.dtype)
-        _check_close(f"{name}, in a random direction,", got, want, tolerance, scale=size, atol=self.atol, dtype=False)
-
-    def check_transformed(
-        self,
-        flat: Flat,
-        inputs: Sequence[Any],
-        examples: Sequence[int] | np.ndarray[Any, Any] | None = None,
-        *,
-        dtype: bool = True,
-    ) -> None:
-        """Values of a transformed function, over a batch of examples if any are given, and gradients through it."""
-        shape = np.shape(examples) if examples is not None else ()
-        numbers = np.ravel(examples) if examples is not None else [0]
-
-        def expected(per_example: Sequence[Arrays]) -> Arrays:
-            stacked = _stack([per_example[k] for k in numbers])
-            return [x.reshape(*shape, *x.shape[1:]) for x in stacked]
-
-        values, gradients = jax.jit(self.with_gradient(flat, batch_dims=len(shape)))(*inputs)
-        self.check_values(values, expected(self.values), dtype=dtype)
-        if self.has_gradient:
-            self.check_gradients(gradients, expected(self.gradients), dtype=dtype)
+        value = _wide(np.asarray(value))
+        size = float(np.max(np.abs(value), where=np.isfinite(value), initial=0.0))
+        # The error of the differences, and a few roundings on the way to what JAX gives.
+        tolerance = max(_eps(slope.dtype) ** 0.6 + 4 * _eps(dtype), 10 * (self.rtol or 0.0))
+        _check_close(name, np.asarray(got), slope.value, tolerance, scale=size, atol=self.atol, dtype=False)
 
 
 def check_arrays(what: str, tree: Any) -> None:
@@ -402,61 +455,126 @@ def describe(error: Exception) -> str:
 
 # -------------------------------------------------------------------------------------------------- the transformations
 
-TRANSFORMATIONS: dict[str, Callable[[Subject], None]] = {}
+Check = Callable[[Subject], Steps | None]
+TRANSFORMATIONS: dict[str, Check] = {}
 
 
-def _transformation(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
+def _transformation(check: Check) -> Check:
     TRANSFORMATIONS[check.__name__.strip("_")] = check
     return check
 
 
-def _derivative(check: Callable[[Subject], None]) -> Callable[[Subject], None]:
-    def checked(subject: Subject) -> None:
+def _derivative(check: Check) -> Check:
+    def checked(subject: Subject) -> Steps | None:
         subject.need_derivative()
-        check(subject)
+        return check(subject)
 
     TRANSFORMATIONS[check.__name__.strip("_")] = checked
     return checked
 
 
-@_transformation
-def _jit(s: Subject) -> None:
-    s.check_values(jax.jit(s.flat)(*s.inputs), s.values[0])
+def errors_of(subject: Subject, names: Sequence[str]) -> dict[str, Exception]:
+    """What the checks of these names raise, of those that do; what a transformed function may raise is theirs too."""
+    errors: dict[str, Exception] = {}
+    waiting: dict[Any, dict[str, _Waiting]] = {}  # by devices, since a program has one set of them
+    for name in names:
+        with _kept(errors, name):
+            steps = TRANSFORMATIONS[name](subject)
+            if steps is not None:
+                function, inputs = next(steps)
+                function = jax.jit(function, inline=True)
+                function.trace(*inputs)  # here, where an error has a name
+                waiting.setdefault(_devices(inputs), {})[name] = _Waiting(steps, function, inputs)
+    for checks in waiting.values():
+        for name, outputs in _outputs(checks):
+            with _kept(errors, name), contextlib.suppress(StopIteration):
+                checks[name].steps.send(outputs())
+    return {name: errors[name] for name in names if name in errors}
+
+
+class _Waiting(NamedTuple):
+    """A check that waits for what its function gives."""
+
+    steps: Steps
+    function: Any
+    inputs: Sequence[Any]
+
+
+def _outputs(checks: dict[str, _Waiting]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What the functions give, each as a function that raises what goes wrong with it."""
+    inputs = {name: check.inputs for name, check in checks.items()}
+    try:
+        found = jax.jit(lambda inputs: {name: checks[name].function(*xs) for name, xs in inputs.items()})(inputs)
+    except Exception:  # of one or more, so each by itself
+        for name, check in checks.items():
+            yield name, partial(check.function, *check.inputs)
+    else:
+        for name in checks:
+            yield name, partial(found.__getitem__, name)
+
+
+def _devices(inputs: Sequence[Any]) -> Any:
+    return frozenset().union(*(x.devices() for x in jax.tree.leaves(inputs) if isinstance(x, jax.Array)))
+
+
+@contextlib.contextmanager
+def _kept(errors: dict[str, Exception], name: str) -> Generator[None]:
+    try:
+        yield
+    except Exception as error:
+        errors[name] = error
 
 
 @_transformation
-def _vmap(s: Subject) -> None:
-    """Over the last axes, and over the first argument alone; the leading axes are those of `nested_vmap`."""
+def _jit(s: Subject) -> Steps:
+    return s.transformed(jax.jit(s.flat), s.inputs)
+
+
+@_transformation
+def _vmap(s: Subject) -> Steps:
+    """Over the last axes, and over the first argument alone if there are others; leading axes are for `nested_vmap`."""
+    numbers = np.arange(_EXAMPLES)
+    batch, others = _batch(s.examples, numbers), s.inputs[1:]
+    over_last, over_first = "with in_axes=-1 and out_axes=-1", f"over {s.names[0]} alone"
 
     def last(*batch: Any) -> Arrays:
         outputs = jax.vmap(s.flat, in_axes=-1, out_axes=-1)(*[jnp.moveaxis(x, 0, -1) for x in batch])
         return [jnp.moveaxis(y, -1, 0) for y in outputs]
 
-    with _says("with in_axes=-1 and out_axes=-1"):
-        s.check_transformed(last, _stack(s.examples), range(_EXAMPLES))
-    others = s.inputs[1:]
-    with _says(f"over {s.names[0]} alone"):
-        over_first = jax.jit(jax.vmap(s.flat, in_axes=(0, *[None] * len(others))))
-        want = [s.flat(example[0], *others) for example in s.examples]
-        s.check_values(over_first(jnp.stack([example[0] for example in s.examples]), *others), _stack(want))
+    def run(batch: Any, others: Any) -> Any:
+        with _says(over_last):
+            outputs = s.with_gradient(last, batch_dims=1)(*batch)
+        with _says(over_first):
+            return outputs, jax.vmap(s.flat, in_axes=(0, *[None] * len(others)))(batch[0], *others) if others else []
+
+    outputs, values = yield run, (batch, others)
+    with _says(over_last):
+        s.check_transformed(outputs, numbers)
+    if others:
+        with _says(over_first):
+            s.check_values(values, _batch([s.flat(example[0], *others) for example in s.examples], numbers))
 
 
 @_transformation
-def _nested_vmap(s: Subject) -> None:
+def _nested_vmap(s: Subject) -> Steps:
+    """Values; the gradient through a batch is for `vmap`."""
     numbers = np.add.outer(np.arange(2), np.arange(_EXAMPLES)) % _EXAMPLES
-    batch, want = ([x[numbers] for x in _stack(per_example)] for per_example in (s.examples, s.values))
-    s.check_values(jax.jit(jax.vmap(jax.vmap(s.flat), in_axes=1, out_axes=1))(*batch), want)
+    values = yield jax.vmap(jax.vmap(s.flat), in_axes=1, out_axes=1), _batch(s.examples, numbers)
+    s.check_values(values, _batch(s.values, numbers))
 
 
 @_derivative
 def _grad(s: Subject) -> None:
     s.check_gradient_slopes(s.gradients[0])
+    for moving, _ in s.points[1:]:
+        with _says("with float32 arguments"):
+            s.check_gradient_slopes(s.program(*s.put(moving))[1])
 
 
 @_derivative
-def _value_and_grad(s: Subject) -> None:
+def _value_and_grad(s: Subject) -> Steps:
     loss = s.loss_of(s.flat)
-    value, gradients = jax.jit(jax.value_and_grad(loss, s.moving))(*s.inputs)
+    value, gradients = yield jax.value_and_grad(loss, s.moving), s.inputs
     want = jnp.asarray(_inner(s.weights, _real(s.values[0])), value.dtype)
     size = _inner([np.abs(w) for w in s.weights], [np.abs(_wide(y)) for y in _real(s.values[0])])
     tolerance = max(s.tolerance(y.dtype) for y in s.values[0])
@@ -465,96 +583,112 @@ def _value_and_grad(s: Subject) -> None:
 
 
 @_derivative
-def _jvp(s: Subject) -> None:
-    values, tangents = jax.jit(lambda xs, vs: jax.jvp(s.real, xs, vs))(tuple(s.take(s.inputs)), tuple(s.direction))
-    _check_real_values(s, values)
+def _jvp(s: Subject) -> Steps:
+    def run(*points: Any) -> Any:
+        return [jax.jvp(s.real, tuple(moving), tuple(direction)) for moving, direction in points]
+
+    given, *wide = yield run, s.points
+    values, tangents = given
+    s.check_real_values(values)
     s.check_tangents(tangents)
+    for _, tangents in wide:
+        with _says("with float32 arguments"):
+            s.check_tangents(tangents)
 
 
 @_derivative
-def _vjp(s: Subject) -> None:
+def _vjp(s: Subject) -> Steps:
     def run(*moving: Any) -> tuple[Arrays, Any]:
         values, pull = jax.vjp(s.real, *moving)
         return values, pull([jnp.asarray(w, y.dtype) for w, y in zip(s.weights, values, strict=True)])
 
-    values, gradients = jax.jit(run)(*s.take(s.inputs))
-    _check_real_values(s, values)
+    values, gradients = yield run, s.take(s.inputs)
+    s.check_real_values(values)
     s.check_gradient_slopes(gradients)
 
 
 @_derivative
-def _linearize(s: Subject) -> None:
+def _linearize(s: Subject) -> Steps:
     def run(moving: Any, direction: Any) -> tuple[Arrays, Arrays]:
         values, push = jax.linearize(s.real, *moving)
         return values, push(*direction)
 
-    values, tangents = jax.jit(run)(s.take(s.inputs), s.direction)
-    _check_real_values(s, values)
+    values, tangents = yield run, s.points[0]
+    s.check_real_values(values)
     s.check_tangents(tangents)
 
 
-def _check_real_values(s: Subject, values: Sequence[Any]) -> None:
-    for name, got, want in zip(s.real_output_names, values, _real(s.values[0]), strict=True):
-        _check_close(name, got, want, s.tolerance(want.dtype), atol=s.atol)
+def _mixed_dtypes(s: Subject, transform: Callable[[Callable[[Flat], Flat]], Callable[..., Any]]) -> Callable[..., Any]:
+    """JAX's Jacobians mix the dtypes of all arguments, which strict promotion forbids: have it inside functions alone.
 
-
-@contextlib.contextmanager
-def _mixed_dtypes(f: Flat) -> Generator[Flat]:
-    """JAX's Jacobians mix the dtypes of all arguments, which strict promotion forbids: have it inside f alone."""
+    transform: gives the derivative, of a function that it is to take through what it is given.
+    """
     config: Any = jax.config
     mode = config.jax_numpy_dtype_promotion
 
-    def in_its_mode(*inputs: Any) -> Arrays:
-        with jax.numpy_dtype_promotion(mode):
-            return f(*inputs)
+    def strict(f: Flat) -> Flat:
+        def in_its_mode(*inputs: Any) -> Arrays:
+            with jax.numpy_dtype_promotion(mode):
+                return f(*inputs)
 
-    with jax.numpy_dtype_promotion("standard"):
-        yield in_its_mode
+        return in_its_mode
 
+    def run(*inputs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return transform(strict)(*inputs)
 
-def _check_jacobian(s: Subject, transform: Callable[..., Any]) -> None:
-    with _mixed_dtypes(s.real) as real:
-        jacobian = jax.jit(transform(real, tuple(range(len(s.moving)))))(*s.take(s.inputs))
-    s.check_tangents([sum(_contract(d, v) for d, v in zip(row, s.direction, strict=True)) for row in jacobian])
-
-
-@_derivative
-def _jacfwd(s: Subject) -> None:
-    _check_jacobian(s, jax.jacfwd)
+    return run
 
 
-@_derivative
-def _jacrev(s: Subject) -> None:
-    _check_jacobian(s, jax.jacrev)
+def _jacobian(s: Subject, transform: Callable[..., Any]) -> Steps:
+    arguments = tuple(range(len(s.moving)))
+    rows = yield _mixed_dtypes(s, lambda strict: transform(strict(s.real), arguments)), s.take(s.inputs)
+    tangents, dtypes = zip(*map(s.contract, rows), strict=True)
+    s.check_tangents(tangents, dtypes)
 
 
 @_derivative
-def _hessian_fwd_over_rev(s: Subject) -> None:
-    with _mixed_dtypes(s.flat) as flat:
-        s.check_hessian(jax.jit(jax.hessian(s.loss_of(flat), s.moving))(*s.inputs))
+def _jacfwd(s: Subject) -> Steps:
+    return _jacobian(s, jax.jacfwd)
 
 
 @_derivative
-def _hessian_rev_over_rev(s: Subject) -> None:
-    with _mixed_dtypes(s.flat) as flat:
-        s.check_hessian(jax.jit(jax.jacrev(jax.grad(s.loss_of(flat), s.moving), s.moving))(*s.inputs))
+def _jacrev(s: Subject) -> Steps:
+    return _jacobian(s, jax.jacrev)
+
+
+@_derivative
+def _hessian_fwd_over_rev(s: Subject) -> Steps:
+    def transform(strict: Callable[[Flat], Flat]) -> Callable[..., Any]:
+        return jax.hessian(s.loss_of(strict(s.flat)), s.moving)
+
+    s.check_hessian((yield _mixed_dtypes(s, transform), s.inputs))
+
+
+@_derivative
+def _hessian_rev_over_rev(s: Subject) -> Steps:
+    def transform(strict: Callable[[Flat], Flat]) -> Callable[..., Any]:
+        return jax.jacrev(jax.grad(s.loss_of(strict(s.flat)), s.moving), s.moving)
+
+    s.check_hessian((yield _mixed_dtypes(s, transform), s.inputs))
 
 
 @_transformation
-def _checkpoint(s: Subject) -> None:
-    s.check_transformed(jax.checkpoint(s.flat), s.inputs)
+def _checkpoint(s: Subject) -> Steps:
+    return s.transformed(jax.checkpoint(s.flat), s.inputs)
 
 
 @_transformation
-def _scan(s: Subject) -> None:
+def _scan(s: Subject) -> Steps:
     def scan(*batch: Any) -> Arrays:
         return lax.scan(lambda step, xs: (step + 1, s.flat(*xs)), 0, batch)[1]
 
-    s.check_transformed(scan, _stack(s.examples), range(_EXAMPLES))
+    numbers = np.arange(_EXAMPLES)
+    return s.transformed(scan, _batch(s.examples, numbers), numbers)
 
 
 @_transformation
-def _while_loop(s: Subject) -> None:
+def _while_loop(s: Subject) -> Steps:
     """Values, and the derivative in forward mode, which is the only one that JAX has for this loop."""
 
     def loop(*batch: Any) -> Arrays:
@@ -566,21 +700,24 @@ def _while_loop(s: Subject) -> None:
         start = [jnp.zeros((_EXAMPLES, *y.shape), y.dtype) for y in s.values[0]]
         return lax.while_loop(lambda state: state[0] < _EXAMPLES, body, (jnp.int32(0), start))[1]
 
-    def first(*moving: Any) -> Arrays:
-        batch = _stack([s.put(moving), *s.examples[1:]])
-        return [y[0] for y in _real(loop(*batch))]
+    def real_loop(*moving: Any) -> Arrays:
+        """The examples with these as the floats of the first one."""
+        return _real(loop(*map(jnp.stack, zip(s.put(moving), *s.examples[1:], strict=True))))
 
-    def run(batch: Any, moving: Any, direction: Any) -> Any:
-        return loop(*batch), jax.jvp(first, moving, direction)[1] if s.has_tangents else []
+    def run(moving: Any, direction: Any) -> Any:
+        return loop(*map(jnp.stack, zip(*s.examples, strict=True))), jax.jvp(
+            real_loop, tuple(moving), tuple(direction)
+        )[1] if s.has_tangents else []
 
-    values, tangents = jax.jit(run)(_stack(s.examples), tuple(s.take(s.inputs)), tuple(s.direction))
-    s.check_values(values, _stack(s.values))
+    numbers = np.arange(_EXAMPLES)
+    values, tangents = yield run, s.points[0]
+    s.check_values(values, _batch(s.values, numbers))
     if s.has_tangents:
-        s.check_tangents(tangents)
+        s.check_tangents([y[0] for y in tangents])
 
 
 @_transformation
-def _cond(s: Subject) -> None:
+def _cond(s: Subject) -> Steps:
     def other(*inputs: Any) -> Arrays:
         del inputs
         return [jnp.zeros(y.shape, y.dtype) for y in s.values[0]]
@@ -589,38 +726,42 @@ def _cond(s: Subject) -> None:
         # Behind a barrier, or the branch would be chosen before the program runs.
         return lax.cond(lax.optimization_barrier(jnp.asarray(True)), s.flat, other, *inputs)
 
-    s.check_transformed(chosen, s.inputs)
+    return s.transformed(chosen, s.inputs)
 
 
 def _mesh() -> Mesh:
     return Mesh(np.array(jax.devices()), ("devices",))
 
 
+def _put(x: Any, sharding: NamedSharding) -> Any:
+    return jax.device_put(x if _is_key(x) else np.asarray(x), sharding)  # to cut up a JAX array would be compiled
+
+
 @_transformation
-def _shard_map(s: Subject) -> None:
+def _shard_map(s: Subject) -> Steps:
     """One example on each device."""
     mesh = _mesh()
     numbers = np.arange(mesh.size) % _EXAMPLES
-    batch = _stack([s.examples[k] for k in numbers])
     spec = PartitionSpec("devices")
 
     def on_device(*inputs: Any) -> Arrays:
         return [y[None] for y in s.flat(*[x[0] for x in inputs])]
 
-    s.check_transformed(jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec), batch, numbers)
+    batch = [_put(x, NamedSharding(mesh, spec)) for x in _batch(s.examples, numbers)]
+    return s.transformed(jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec), batch, numbers)
 
 
 @_transformation
-def _named_sharding(s: Subject) -> None:
+def _named_sharding(s: Subject) -> Steps:
     """Each input split along the first axis that the number of devices divides, or else on all devices."""
     mesh = _mesh()
 
     def put(x: Any) -> Any:
         axes = [axis for axis, n in enumerate(x.shape) if n and n % mesh.size == 0]
         spec = PartitionSpec(*[None] * axes[0], "devices") if axes else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        return _put(x, NamedSharding(mesh, spec))
 
-    s.check_transformed(s.flat, [put(x) for x in s.inputs])
+    return s.transformed(s.flat, [put(x) for x in s.inputs])
 
 
 @_transformation
@@ -636,26 +777,25 @@ def _check_shapes(s: Subject) -> None:
 
 
 @_transformation
-def _make_jaxpr(s: Subject) -> None:
-    run = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(s.flat)(*s.inputs))
-    s.check_values(jax.jit(run)(*s.inputs), s.values[0])
+def _make_jaxpr(s: Subject) -> Steps:
+    return s.transformed(jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(s.flat)(*s.inputs)), s.inputs)
 
 
 @_transformation
 def _aot(s: Subject) -> None:
-    """Lowered and compiled for shapes alone."""
+    """Lowered and compiled for shapes alone. Values: a compiled function has no derivative."""
     compiled = jax.jit(s.flat).lower(*map(_shape_of, s.inputs)).compile()
     s.check_values(compiled(*s.inputs), s.values[0])
 
 
 @_transformation
-def _export(s: Subject) -> None:
+def _export(s: Subject) -> Steps:
     """Through serialized StableHLO and back, with the gradient."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise NotApplicable("flatbuffers, which jax.export needs to serialize, is not installed")
     exported = jax.export.export(jax.jit(s.flat))(*map(_shape_of, s.inputs))
     loaded = jax.export.deserialize(exported.serialize(vjp_order=int(s.has_gradient)))
-    s.check_transformed(lambda *inputs: list(loaded.call(*inputs)), s.inputs)
+    return s.transformed(lambda *inputs: list(loaded.call(*inputs)), s.inputs)
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
@@ -671,14 +811,14 @@ def _nnx() -> Any:
 
 
 @_transformation
-def _nnx_jit(s: Subject) -> None:
-    s.check_values(_nnx().jit(s.flat)(*s.inputs), s.values[0])
+def _nnx_jit(s: Subject) -> Steps:
+    return s.transformed(_nnx().jit(s.flat), s.inputs)
 
 
 @_derivative
-def _nnx_grad(s: Subject) -> None:
+def _nnx_grad(s: Subject) -> Steps:
     nnx = _nnx()
-    gradients = nnx.jit(nnx.grad(s.loss_of(s.flat), argnums=s.moving))(*s.inputs)
+    gradients = yield nnx.jit(nnx.grad(s.loss_of(s.flat), argnums=s.moving)), s.inputs
     s.check_gradients(gradients, s.gradients[0])
 
 
@@ -690,7 +830,8 @@ def _enable_x64(s: Subject) -> None:
     with enable(True):
         _check_shapes(s)
         with _says("with float64 arguments"):
-            s.check_transformed(s.flat, [_widened(x, jnp.float64) for x in s.inputs], dtype=False)
+            inputs = [_widened(x, jnp.float64) for x in s.inputs]
+            s.check_transformed(jax.jit(s.with_gradient(s.flat))(*inputs), dtype=False)
 
 
 def _trace(s: Subject) -> None:

@@ -1,4 +1,8 @@
-"""Assertions for tests, about functions of your own as well as rmsjax's."""
+"""Assertions for tests, about functions of your own as well as rmsjax's.
+
+The geometric ones try random points, the same ones each time unless they are given a key;
+`assert_transform_invariant` tries JAX transformations. What fails says where: the worst points, or the transformations.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,17 @@ import jax
 import numpy as np
 
 from rmsjax._checks import as_number
-from rmsjax._transformations import TRANSFORMATIONS, NotApplicable, Subject, describe
+from rmsjax._transformations import TRANSFORMATIONS, NotApplicable, Subject, describe, errors_of
 from rmsjax.geometry import Gap, rotation_between, worst_axioms, worst_rotation
+
+__all__ = [
+    "TRANSFORMS",
+    "TransformationError",
+    "assert_norm",
+    "assert_orthogonal_invariant",
+    "assert_rotation_invariant",
+    "assert_transform_invariant",
+]
 
 # ------------------------------------------------------------------------------------------------------------- geometry
 
@@ -30,12 +43,13 @@ def assert_rotation_invariant(
         n: the dimension, at least 1.
         key: a random key; always the same one by default, so that a test gives the same result each time.
         samples: how many pairs x, R to try; `rmsjax.geometry.worst_rotation` says how they are drawn.
-        tolerance: the largest |f(Rx) - f(x)| that passes, relative to the larger of the two; by default the root of
-            the machine epsilon of f's result, 3.5e-4 for float32. A NaN does not pass.
+        tolerance: the largest |f(Rx) - f(x)| that passes, relative to the larger of the two, so that a large constant
+            in f hides what varies beside it. By default `rmsjax.geometry.Gap.tolerance`: 3.5e-4 for a float32 result
+            of f, 0.03 for bfloat16. A NaN does not pass.
 
     Raises:
         AssertionError: f is not invariant; the message shows the worst x, R and Rx. (R takes x to Rx in the plane of
-            the two; it is written out up to n = 8, and `rmsjax.geometry.rotation_between(x, Rx)` gives it.)
+            the two; for n above 8 it says how to get it.)
         TypeError, ValueError: what `rmsjax.geometry.rotation_gap` raises; tolerance is not a number, or negative.
 
     Example:
@@ -91,15 +105,18 @@ def assert_norm(
 ) -> None:
     """Assert that f has the properties of a norm: f(ax) = |a| f(x), f(x + y) <= f(x) + f(y), and f(x) = 0 only at 0.
 
-    They are tried at random points; `rmsjax.geometry.worst_axioms` says which, and which seminorms escape.
+    They are tried at random points; `rmsjax.geometry.worst_axioms` says which. So f is found to vanish elsewhere than
+    at 0 only if a point that was tried is (nearly) a zero of f. On the other hand f must be told from one that
+    vanishes: an f(x)/‖x‖ that is smaller than the largest by more than the tolerance, as of the norm
+    sqrt(x[0]² + 1e-8 x[1]²), counts as 0.
 
     Args:
         f: a function of a vector of shape [n] that gives a real number, and that `vmap` takes.
         n: the dimension, at least 1.
         key: a random key; always the same one by default.
         samples: how many points to try, 16 or more to have each kind of x with each kind of y.
-        tolerance: the largest relative violation that passes; by default the root of the machine epsilon of f's
-            result, 3.5e-4 for float32. A NaN does not pass.
+        tolerance: the largest relative violation that passes; by default `rmsjax.geometry.Gap.tolerance`: 3.5e-4 for
+            a float32 result of f, 0.03 for bfloat16. A NaN does not pass.
 
     Raises:
         AssertionError: f is no norm; the message shows each property that fails, and where it fails most.
@@ -121,7 +138,7 @@ def assert_norm(
     statements = {
         "homogeneity": ("f(ax) = |a| f(x)", "f(ax)", "|a| f(x)"),
         "triangle": ("f(x + y) <= f(x) + f(y)", "f(x + y)", "f(x) + f(y)"),
-        "definiteness": ("f(0) = 0 and f(x) > 0 elsewhere", "f(x)", "rounding"),
+        "definiteness": ("f(0) = 0 and f(x) > 0 elsewhere", "f(x)", "what counts as 0"),
     }
     failures = [_failure("assert_norm", getattr(worst, a), tolerance, *s) for a, s in statements.items()]
     if any(failures):
@@ -135,7 +152,11 @@ def _assert_invariant(
     worst = worst_rotation(f, n, _key(key), samples, reflections=reflections)
     failure = _failure(function, worst, tolerance, "f(Rx) = f(x)", "f(Rx)", "f(x)")
     if failure:
-        matrix = _shown("R", rotation_between(worst.at["x"], worst.at["Rx"])) if n <= 8 else ""
+        matrix = (
+            _shown("R", rotation_between(worst.at["x"], worst.at["Rx"]))
+            if n <= 8
+            else "\n  x and Rx: rmsjax.geometry.worst_rotation(f, n, key, samples).at; R: rotation_between(x, Rx)"
+        )
         raise AssertionError(f"{function}: {_name(f)} is not invariant for n = {n}{failure}{matrix}")
 
 
@@ -143,8 +164,10 @@ def _key(key: Any) -> Any:
     return jax.random.key(0) if key is None else key
 
 
-def _failure(function: str, gap: Gap, tolerance: float | None, statement: str, left: str, right: str) -> str:
+def _failure(function: str, gap: Gap, tolerance: Any, statement: str, left: str, right: str) -> str:
     """What to say of a gap beyond the tolerance; nothing of another."""
+    if isinstance(tolerance, jax.Array):
+        tolerance = tolerance.item()
     bound = gap.tolerance if tolerance is None else as_number(function, "tolerance", tolerance, least=0.0)
     if float(gap.size) <= bound:  # a NaN is not
         return ""
@@ -168,6 +191,17 @@ class TransformationError(AssertionError):
     """A function is not invariant.
 
     `failures` says how, for each transformation that it failed under; `not_applicable` why some have no meaning for it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from rmsjax.testing import TransformationError, assert_transform_invariant
+        >>> try:
+        ...     assert_transform_invariant(lambda x: x if x > 0 else -x, jnp.ones(()), transforms=["jit", "eval_shape"])
+        ... except TransformationError as error:
+        ...     print(sorted(error.failures))
+        ['eval_shape', 'jit']
+
+    Source: `assert_transform_invariant` raises it.
     """
 
     def __init__(
@@ -192,8 +226,10 @@ def assert_transform_invariant(
 
     Values are compared with those of a plain call `fn(*args)`; batches (`vmap`, `scan`, `shard_map`, ...) are made of
     the arguments and of copies with every float multiplied by a factor in [1/2, 1], and compared example by example.
-    Derivatives are compared with finite differences, and the gradient through each transformation with the gradient of
-    fn by itself. Arguments may be anywhere but at a kink of fn; small ones do, since whole Jacobians are formed.
+    Derivatives are compared with finite differences: those of narrow types in float32 too, where a wrong rule shows
+    that their rounding hides. The gradient through a transformation is compared with the gradient of fn by itself,
+    but for nested_vmap, aot and eval_shape, which are tried for values alone. Arguments may be anywhere but at a kink
+    of fn; small ones do, since whole Jacobians are formed.
 
     Args:
         fn: the function; from arrays or pytrees of arrays to a pytree of arrays. Close over what is no array.
@@ -201,7 +237,8 @@ def assert_transform_invariant(
             booleans and keys are not.
         transforms: which ones to try, of `rmsjax.testing.TRANSFORMS`; all of them by default.
         rtol: how far a value may be off, relative to the largest in its array; by default eps^(3/4) of its dtype,
-            6e-6 for float32. A gradient may be off by four times that, a derivative by eps^(2/5) from the slope.
+            6e-6 for float32. A gradient through a transformation may be off by twice that, and a derivative from the
+            slope by 7e-5 (4e-10 where all is float64) and four roundings of its dtype, or else by 10 rtol.
         atol: how far anything may be off besides.
         finite_differences: False compares derivatives in reverse mode with those in forward mode instead. For a
             function that is not meant to have the slope as its derivative, such as a straight-through estimator.
@@ -242,19 +279,11 @@ def assert_transform_invariant(
     if not jax.tree.leaves(args):
         raise ValueError(f"assert_transform_invariant: expected at least one array as an argument of {name}, got none")
     subject = Subject(fn, args, rtol, atol, finite_differences)
-    not_applicable: dict[str, str] = {}
-    failures: dict[str, str] = {}
-    first: Exception | None = None
-    for transform in chosen:
-        try:
-            TRANSFORMATIONS[transform](subject)
-        except NotApplicable as reason:
-            not_applicable[transform] = str(reason)
-        except Exception as error:  # whatever a transformed function may raise is what is reported
-            failures[transform] = describe(error)
-            first = first or error
+    errors = errors_of(subject, chosen)
+    not_applicable = {name: str(error) for name, error in errors.items() if isinstance(error, NotApplicable)}
+    failures = {name: describe(error) for name, error in errors.items() if name not in not_applicable}
     if failures:
-        raise TransformationError(name, failures, not_applicable, len(chosen)) from first
+        raise TransformationError(name, failures, not_applicable, len(chosen)) from errors[next(iter(failures))]
     return not_applicable
 
 

@@ -165,7 +165,8 @@ def batching_rule(rule):
 def test_batch_dependent_under_vmap():
     f = batching_rule(lambda axis_size, in_batched, x, y: (x - jnp.mean(x) + y, True))
     assert failures(f, X, X, transforms=["jit", "vmap", "nested_vmap", "scan", "shard_map"]) == {"vmap", "nested_vmap"}
-    with pytest.raises(TransformationError, match=r"with in_axes=-1 and out_axes=-1: output is off by .*at index \("):
+    said = pytest.raises(TransformationError, match=r"with in_axes=-1 and out_axes=-1: output is off by .*at index \(")
+    with said, jax.numpy_rank_promotion("allow"):
         assert_transform_invariant(f, X, X, transforms=["vmap"])
 
 
@@ -234,6 +235,37 @@ def test_loop_without_reverse_mode():
 def test_gradient_that_is_nan():
     failed = failures(lambda x: jnp.where(x > 0, jnp.sqrt(x), 0), X, transforms=["jit", "jvp", "grad", "debug_nans"])
     assert failed == {"grad", "debug_nans"}
+
+
+def test_every_check_of_values_fails_for_other_values():
+    """That differ when traced; what compares nothing with the plain call is left out."""
+    others = {"grad", "jacfwd", "jacrev", "eval_shape", "nnx_grad", *SECOND, *MODES} - {"debug_nans"}
+    assert failures(lambda x: jnp.sin(x) + float(isinstance(x, jax.core.Tracer)), X) == {*TRANSFORMS} - others
+
+
+def test_every_check_of_derivatives_fails_for_a_wrong_one():
+    """Gradients through other transformations are compared with the plain one, and second derivatives with its slope,
+    which is as wrong.
+    """
+    assert failures(scaled_rule(2.0), X) == FIRST | {"while_loop"}
+
+
+def test_every_check_of_gradients_fails_for_other_gradients():
+    """That double from one call to the next: each transformation traces anew what the plain gradient has traced."""
+    traced = []
+
+    @jax.custom_vjp
+    def f(x):
+        return jnp.sin(x)
+
+    def backward(x, ct):
+        traced.append(None)
+        return (ct * jnp.cos(x) * 2.0 ** len(traced),)
+
+    f.defvjp(lambda x: (f(x), x), backward)
+    through = ["jit", "vmap", "checkpoint", "scan", "cond", "shard_map", "named_sharding", "make_jaxpr", "export"]
+    through += ["nnx_jit", "nnx_grad", "enable_x64"]
+    assert failures(f, X, transforms=through) == set(through)
 
 
 def test_state_from_call_to_call():
