@@ -1,6 +1,8 @@
-"""Run all benchmarks, or those that are named, and print markdown."""
+"""Run all benchmarks, or those that are named, and print one table in markdown."""
 
 import argparse
+import itertools
+import os
 import platform
 
 import equinox
@@ -9,6 +11,7 @@ import jax
 import optax
 
 from tests.benchmarks import layer, norms, probe, record_rms, trees
+from tests.benchmarks.timing import table
 
 SECTIONS = {
     "layer": layer.run,
@@ -26,9 +29,9 @@ def main():
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="all without a name")
     chosen = parser.parse_args().sections or list(SECTIONS)
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (jax, flax, optax, equinox))
-    print(f"{platform.machine()}, {jax.default_backend()}, Python {platform.python_version()}, {versions}\n")
-    for name in chosen:
-        print(SECTIONS[name](), flush=True)
+    cores = f"{os.cpu_count()} cores of {platform.machine()}"
+    print(f"{cores}, {jax.default_backend()}, Python {platform.python_version()}, {versions}\n")
+    print(table(itertools.chain.from_iterable(SECTIONS[name]() for name in chosen)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import rmsjax
-from tests.benchmarks.timing import compile_time, interleaved, recycled, table, temporary
+from tests.benchmarks.timing import Row, compile_time, interleaved, recycled, row, temporary
 
 SHAPES = [(8, 512, 768), (4, 1024, 4096), (65536, 128)]
 
@@ -40,40 +40,32 @@ def forward_and_backward(fn):
     return both
 
 
-def floor(x, ct):
-    """Reads and writes as much as the layer must."""
+def read_and_write(x, ct):
+    """As much as the layer must, forward and backward."""
     return x * 2, x + ct
 
 
 def run():
-    rows = []
     for shape in SHAPES:
         for dtype in (jnp.float32, jnp.bfloat16):
             x = jax.random.normal(jax.random.key(0), shape, dtype)
             ct, scale = x + 1, jnp.ones(shape[-1])
-            fns = layers(shape[-1])
-            memory = {
-                name: temporary(compile_time(forward_and_backward(fn), x, scale, ct)[1]) for name, fn in fns.items()
-            }
-            forward, cold, warm = {}, {}, {}
-            for name, fn in fns.items():
+            forward, warm, cold, memory = {}, {}, {}, {}
+            for name, fn in layers(shape[-1]).items():
                 both = forward_and_backward(fn)
                 forward[name] = recycled(fn, x, scale, outputs=x)
-                cold[name] = partial(jax.jit(both), x, scale, ct)
                 warm[name] = recycled(both, x, scale, ct, outputs=(x, x, scale))
-            warm["floor"] = recycled(floor, x, ct, outputs=(x, x))
-            cold["floor"] = partial(jax.jit(floor), x, ct)
-            times = [interleaved(calls) for calls in (forward, warm, cold)]
-            ours, best = zip(*((t["rmsjax"], min(t["flax"], t["equinox"])) for t in times), strict=True)
-            rows.append(
-                [f"{shape} {dtype.__name__}"]
-                + [f"{t['rmsjax']:.1f} / {t['flax']:.1f} / {t['equinox']:.1f}" for t in times]
-                + [f"{b / o:.1f}x" for o, b in zip(ours, best, strict=True)]
-                + [f"{times[1]['floor']:.1f} / {times[2]['floor']:.1f}"]
-                + [" / ".join(f"{memory[name]:.2f}" for name in fns)]
-            )
-    return table(
-        ["RMSNorm, ms: rmsjax / flax / equinox", "forward", "forward+backward, warm", "the same, cold",
-         "gain fwd", "gain warm", "gain cold", "floor warm / cold", "temporary MB"],
-        rows,
-    )  # fmt: skip
+                cold[name] = partial(jax.jit(both), x, scale, ct)
+                memory[name] = temporary(compile_time(both, x, scale, ct)[1])
+            name = f"RMSNorm {shape} {dtype.__name__}"
+            yield row(f"{name}, forward", interleaved(forward))
+            yield row(f"{name}, forward and backward", interleaved(warm))
+            yield row(f"{name}, the same, into new memory", interleaved(cold))
+            yield row(f"{name}, temporary memory", memory, "MB")
+            floor = {
+                "recycled": recycled(read_and_write, x, ct, outputs=(x, x)),
+                "new": partial(jax.jit(read_and_write), x, ct),
+            }
+            times = interleaved(floor)
+            shown = f"{times['recycled']:.3g}, {times['new']:.3g} into new memory"
+            yield Row(f"{name}, reading and writing as much, ms", "", shown, "")

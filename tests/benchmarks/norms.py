@@ -1,6 +1,9 @@
 """What range safety costs, against the same without it, and how long things take to compile and to dispatch."""
 
+import re
 import statistics
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import rmsjax
-from tests.benchmarks.timing import compile_time, interleaved, recycled, table
+from tests.benchmarks.timing import Row, compile_time, interleaved, recycled, row
 
 
 def naive_rms(x):
@@ -23,40 +26,40 @@ def naive_normalize(x):
     return (x * jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def ratio(ours, naive, *args, recycle=None, repeats=21):
-    """Our time over the naive one."""
+def against_naive(what, ours, naive, *args, recycle=None, repeats=21):
+    calls = {"rmsjax": ours, "naive": naive}
     if recycle is None:
-        calls = {"ours": partial(jax.jit(ours), *args), "naive": partial(jax.jit(naive), *args)}
+        calls = {name: partial(jax.jit(fn), *args) for name, fn in calls.items()}
     else:
-        calls = {k: recycled(f, *args, outputs=recycle) for k, f in (("ours", ours), ("naive", naive))}
-    times = interleaved(calls, repeats=repeats)
-    return [f"{times['ours']:.3f}", f"{times['naive']:.3f}", f"{times['ours'] / times['naive']:.2f}"]
+        calls = {name: recycled(fn, *args, outputs=recycle) for name, fn in calls.items()}
+    return row(what, interleaved(calls, repeats=repeats))
+
+
+def in_parts(x):
+    """The norm of 2x by parts that stay in the cache: the RMS of the norms of parts of one size."""
+    return rmsjax.rms(jax.lax.map(lambda part: rmsjax.rms(part * 2), x.reshape(32, -1)))
 
 
 def run():
-    rows = []
     for power in (6, 10, 14, 17, 20, 22, 24, 27):
         x = jax.random.normal(jax.random.key(0), (2**power,))
-        rows.append([f"rms(x), 2^{power} float32", *ratio(rmsjax.rms, naive_rms, x)])
+        yield against_naive(f"rms(x), 2^{power} float32", rmsjax.rms, naive_rms, x)
     x = jax.random.normal(jax.random.key(0), (2**24,))
-    rows.append(["rms(x * 2), 2^24", *ratio(lambda x: rmsjax.rms(x * 2), lambda x: naive_rms(x * 2), x)])
+    yield against_naive("rms(x * 2), 2^24", lambda x: rmsjax.rms(x * 2), lambda x: naive_rms(x * 2), x)
+    yield against_naive("the same in 32 parts", in_parts, lambda x: naive_rms(x * 2), x)
+    by_row = {"rmsjax": jax.vmap(rmsjax.rms), "rms(x, axis=-1)": partial(rmsjax.rms, axis=-1)}
     batch = x.reshape(64, -1)
-    rows.append(
-        ["vmap(rms), 64 x 2^18, to rms(axis=-1)", *ratio(jax.vmap(rmsjax.rms), lambda x: rmsjax.rms(x, -1), batch)]
-    )
+    yield row("vmap(rms), 64 x 2^18", interleaved({k: partial(jax.jit(f), batch) for k, f in by_row.items()}))
     for shape in [(4096, 768), (4096, 4096), (65536, 128)]:
         for dtype in (jnp.float32, jnp.bfloat16):
             x = jax.random.normal(jax.random.key(0), shape, dtype)
             name = f"{shape} {dtype.__name__}"
-            rows.append([f"rms(axis=-1), {name}", *ratio(lambda x: rmsjax.rms(x, -1), naive_row_rms, x)])
-            rows.append([f"rms_normalize, {name}", *ratio(rmsjax.rms_normalize, naive_normalize, x, recycle=x)])
-    rows.append(["compile rms, s", *compiled(rmsjax.rms, naive_rms, jnp.ones(1000))])
-    x = jnp.ones((4, 64))
-    rows.append(
-        ["compile gradient of 24 norm layers to flax's, s", *compiled(deep(rmsjax.nnx.RMSNorm), deep(nnx.RMSNorm), x)]
-    )
-    rows.append(["eager dispatch of rms, ms", *ratio(rmsjax.rms, naive_rms, jnp.ones(64), repeats=201)])
-    return table(["range safety: rmsjax, naive", "rmsjax", "naive", "ratio"], rows)
+            yield against_naive(f"rms(x, axis=-1), {name}", lambda x: rmsjax.rms(x, -1), naive_row_rms, x)
+            yield against_naive(f"rms_normalize(x), {name}", rmsjax.rms_normalize, naive_normalize, x, recycle=x)
+    yield row("compiling rms", compile_times({"rmsjax": rmsjax.rms, "naive": naive_rms}, jnp.ones(1000)), "s")
+    layers = {"rmsjax": deep(rmsjax.nnx.RMSNorm), "flax": deep(nnx.RMSNorm)}
+    yield row("compiling the gradient of 24 norm layers", compile_times(layers, jnp.ones((4, 64))), "s")
+    yield against_naive("calling rms, jitted, of 64 numbers", rmsjax.rms, naive_rms, jnp.ones(64), repeats=201)
 
 
 def deep(norm):
@@ -72,19 +75,17 @@ def deep(norm):
     return lambda x: jax.grad(lambda state: loss(nnx.merge(graph, state), x))(state)
 
 
-def compiled(ours, naive, x):
-    pairs = [(compile_time(ours, x)[0], compile_time(naive, x)[0]) for _ in range(5)]
-    medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
-    return [*(f"{m:.3f}" for m in medians), f"{medians[0] / medians[1]:.2f}"]
+def compile_times(functions, x):
+    """Median seconds of five rounds."""
+    rounds = [{name: compile_time(fn, x)[0] for name, fn in functions.items()} for _ in range(5)]
+    return {name: statistics.median(seconds[name] for seconds in rounds) for name in functions}
 
 
 def import_time():
-    """Milliseconds that `import rmsjax` takes after `import jax`: the median of ten processes."""
-    import subprocess
-    import sys
-
-    code = "import jax, time; t = time.perf_counter(); import rmsjax; print(time.perf_counter() - t)"
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) for _ in range(10)
-    ]
-    return f"`import rmsjax` after `import jax`: {statistics.median(times) * 1e3:.1f} ms\n"
+    """What `import rmsjax` takes beyond `import jax` by `python -X importtime`: the median of ten processes."""
+    command = [sys.executable, "-X", "importtime", "-c", "import jax; import rmsjax"]
+    lines = [subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines() for _ in range(10)]
+    (last,) = {re.split(r"\|\s*", each[-1])[-1] for each in lines}
+    assert last == "rmsjax", last
+    times = [int(each[-1].split("|")[1]) / 1e3 for each in lines]  # cumulative, so with all that rmsjax imports
+    yield Row("`import rmsjax` after `import jax`, ms", f"{statistics.median(times):.3g}", "", "")

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 import rmsjax
-from tests.benchmarks.timing import compile_time, interleaved, table, temporary
+from tests.benchmarks.timing import Row, compile_time, interleaved, row, temporary
 
 
 def leaves_of(shapes):
@@ -50,96 +50,75 @@ def optax_clip(tx):
 
 
 def many_leaves():
-    rows = []
-    for name, shapes, with_optax in [
-        ("2,000 x (64,)", [(64,)] * 2000, True),
-        ("1,000 mixed", mixed(1000), True),
-        ("10,000 mixed", mixed(10_000), False),
-    ]:
-        tree = leaves_of(shapes)
-        ours, compiled = compile_time(rmsjax.tree_rms, tree)
-        calls = {"ours": partial(compiled, tree)}
-        theirs = float("nan")
-        if with_optax:
-            theirs, other = compile_time(optax.tree.norm, tree)
-            calls["optax"] = partial(other, tree)
-        times = interleaved(calls)
-        rows.append(
-            [f"norm of {name}", f"{ours:.2f}", *seconds(theirs, ours), f"{times['ours']:.2f}", *milliseconds(times)]
-        )
-    tree = leaves_of([(64,)] * 2000)
-    theirs, other = compile_time(optax_clip(optax.clip_by_global_norm(1.0)), tree)
-    for scope in ("global", "block"):
-        ours, compiled = compile_time(ours_clip(1.0, scope), tree)
-        times = interleaved({"ours": partial(compiled, tree), "optax": partial(other, tree)})
-        rows.append(
-            [
-                f"clip of 2,000 x (64,), {scope}, to optax's global",
-                f"{ours:.2f}",
-                *seconds(theirs, ours),
-                f"{times['ours']:.2f}",
-                *milliseconds(times),
-            ]
-        )
-    return table(["many leaves", "compile s", "optax", "gain", "run ms", "optax", "gain"], rows)
+    norms = {"rmsjax": rmsjax.tree_rms, "optax": optax.tree.norm}
+    small, many = leaves_of([(64,)] * 2000), leaves_of(mixed(10_000))
+    yield from compiled_and_run("norm of 2,000 leaves of 64", norms, small)
+    yield from compiled_and_run("norm of 1,000 mixed leaves", norms, leaves_of(mixed(1000)))
+    seconds, program = compile_time(rmsjax.tree_rms, many)  # optax takes more than a quarter of an hour
+    yield Row("norm of 10,000 mixed leaves, to compile, s", f"{seconds:.3g}", "", "")
+    yield Row("norm of 10,000 mixed leaves, ms", f"{interleaved({'': partial(program, many)})['']:.3g}", "", "")
+    clips = {f"rmsjax {scope}": ours_clip(1.0, scope) for scope in ("global", "block")}
+    yield from compiled_and_run(
+        "clip of 2,000 leaves of 64", clips | {"optax global": optax_clip(optax.clip_by_global_norm(1.0))}, small
+    )
 
 
-def seconds(theirs, ours):
-    return [f"{theirs:.2f}", f"{theirs / ours:.1f}x"] if theirs == theirs else ["over 900", "-"]
+def compiled_and_run(what, fns, tree):
+    """Rows for each function of rmsjax against those of optax: seconds to compile, and milliseconds to run."""
+    seconds, programs = {}, {}
+    for name, fn in fns.items():
+        seconds[name], program = compile_time(fn, tree)
+        programs[name] = partial(program, tree)
+    yield from against_optax(f"{what}, to compile", seconds, "s")
+    yield from against_optax(what, interleaved(programs), "ms")
 
 
-def milliseconds(times):
-    return [f"{times['optax']:.2f}", f"{times['optax'] / times['ours']:.1f}x"] if "optax" in times else ["-", "-"]
+def against_optax(what, values, unit="ms"):
+    theirs = {name: value for name, value in values.items() if "rmsjax" not in name}
+    for name in [name for name in values if name not in theirs]:
+        scope = name.removeprefix("rmsjax").replace(" ", ", ")
+        yield row(f"{what}{scope}", {"rmsjax": values[name], **theirs}, unit)
 
 
 def large_leaves():
+    """The clip is measured where it changes nothing, and where it scales: then the bound falls from call to call."""
     tree = leaves_of(gpt2_small())
     flat = jnp.full(sum(leaf.size for leaf in tree.values()), 1e-3)
-    times = interleaved(
-        {
-            "tree_rms": partial(jax.jit(rmsjax.tree_rms), tree),
-            "optax.tree.norm": partial(jax.jit(optax.tree.norm), tree),
-            "read of as much": partial(jax.jit(lambda x: jnp.sum(jnp.square(x))), flat),
-        }
-    )
-    rows = [[f"{name}", f"{ms:.1f}", "", ""] for name, ms in times.items()]
-    del flat
-    copy = jax.jit(lambda t: jax.tree.map(lambda x: x * 0.5, t))
-    fns = {
-        "rmsjax global": lambda limit: ours_clip(limit, "global"),
-        "rmsjax block": lambda limit: ours_clip(limit, "block"),
-        "optax global": lambda limit: optax_clip(optax.clip_by_global_norm(limit * np.sqrt(124.4e6))),
-        "optax block": lambda limit: optax_clip(optax.clip_by_block_rms(limit)),
+    norms = {
+        "rmsjax": partial(jax.jit(rmsjax.tree_rms), tree),
+        "optax": partial(jax.jit(optax.tree.norm), tree),
+        "reading as much": partial(jax.jit(lambda x: jnp.sum(jnp.square(x))), flat),
     }
-    results = {}
-    for kind, limit in [("not clipped", 1.0), ("clipped", 1e-4)]:
-        undonated = interleaved(
-            {name: partial(jax.jit(make(limit)), tree) for name, make in fns.items()}
-            | {"scaling pass": partial(copy, tree)},
-            repeats=5,
-        )
-        donated = {}
-        for name, make in fns.items():
-            donated[name] = donating(make(limit), tree)
-        donated["scaling pass"] = donating(lambda t: jax.tree.map(lambda x: x * 1.0001, t), tree)
-        results[kind] = undonated, interleaved(donated, repeats=5)
-    memory = {name: temporary(compile_time(make(1.0), tree)[1]) for name, make in fns.items()}
-    for name in [*fns, "scaling pass"]:
-        row = [f"clip, {name}"]
-        for kind in ("not clipped", "clipped"):
-            undonated, donated = results[kind]
-            row.append(f"{kind}: {donated[name]:.1f} donated, {undonated[name]:.1f} not")
-        rows.append([*row, f"{memory[name]:.2f}" if name in memory else ""])
-    return table(["GPT-2 small, 124M float32", "ms", "ms", "temporary MB"], rows)
+    yield row("norm of GPT-2 small, 124M float32", interleaved(norms))
+    del flat, norms
+    size = np.sqrt(124.4e6)
+    fns = {
+        "rmsjax global": lambda tree, limit: ours_clip(limit, "global")(tree),
+        "rmsjax block": lambda tree, limit: ours_clip(limit, "block")(tree),
+        "optax global": lambda tree, limit: optax_clip(optax.clip_by_global_norm(limit * size))(tree),
+        "optax block": lambda tree, limit: optax_clip(optax.clip_by_block_rms(limit))(tree),
+        "scaling": lambda tree, limit: jax.tree.map(lambda x: x * (1 + limit), tree),
+    }
+    for kind, limit, falling in [("too small to clip", 1.0, 1.0), ("clipped", 9e-4, 0.97)]:
+        for donate in (True, False):
+            calls = {name: clipping(fn, tree, limit, falling, donate=donate) for name, fn in fns.items()}
+            times = interleaved(calls, repeats=7)
+            del calls
+            yield from against_optax(f"clip of GPT-2 small, {kind}, {'donated' if donate else 'new memory'}", times)
+    memory = {name: temporary(compile_time(fn, tree, 1.0)[1]) for name, fn in fns.items()}
+    yield from against_optax("clip of GPT-2 small, temporary memory", memory, "MB")
 
 
-def donating(fn, tree):
-    """Calls that hand their updates over, and get them back."""
-    jitted = jax.jit(fn, donate_argnums=0)
-    kept = [jax.tree.map(lambda x: x + 0, tree)]
+def clipping(fn, tree, limit, falling, *, donate):
+    """Calls with a limit that falls; with donation they hand their updates over, and get them back."""
+    jitted = jax.jit(fn, donate_argnums=0 if donate else ())
+    kept = [jax.tree.map(lambda x: x + 0, tree) if donate else tree, limit]
 
     def call():
-        kept[0] = jitted(kept[0])
-        return kept[0]
+        updates = jitted(kept[0], kept[1])
+        kept[1] *= falling
+        if donate:
+            kept[0] = updates
+        return updates
 
     return call
