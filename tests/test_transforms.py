@@ -278,7 +278,7 @@ def mesh_of(kind, **sizes):
 LAYOUTS = {"both": P("a", "b"), "columns": P(None, "a"), "whole": P()}
 LAID = {
     name: jnp.asarray(np.random.default_rng(4).normal(size=shape), jnp.float32)
-    for name, shape in (("both", (4, 8)), ("columns", (2, 4)), ("whole", (5,)))
+    for name, shape in (("both", (4, 8)), ("columns", (3, 4)), ("whole", (3,)))
 }
 
 
@@ -619,16 +619,14 @@ def test_spike(dtype):
 
 def test_a_spike_in_float16_is_clipped_and_not_erased():
     """The sum of its squares overflows: optax takes the step for infinite, divides by it, and reports no fault."""
-    grads = jax.tree.map(lambda g: jnp.asarray(np.float16(1e4 * np.asarray(g))), mlp())
-    flat = np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)]).astype(np.float64)
-    assert np.isfinite(flat).all()
+    grads = jnp.array([300, -30000, 3000], jnp.float16)
     erased, state = run(optax.apply_if_finite(optax.clip_by_global_norm(MAX_NORM), 3), grads, grads)
-    assert not any(np.any(u) for u in jax.tree.leaves(erased))
+    assert erased.tolist() == [0, 0, 0]
     assert state.total_notfinite == 0
     clipped, state = run(rmsjax.clip_by_rms(MAX_RMS), grads, grads)
-    got = np.concatenate([np.ravel(u) for u in jax.tree.leaves(clipped)]).astype(np.float64)
-    np.testing.assert_allclose(root_mean_square(got), MAX_RMS, rtol=1e-3)
-    np.testing.assert_allclose(state.rms, root_mean_square(flat), rtol=1e-6)
+    norm = root_mean_square(np.float64(grads))
+    np.testing.assert_allclose(np.float64(clipped), np.float64(grads) * MAX_RMS / norm, rtol=1e-3)
+    np.testing.assert_allclose(state.rms, norm, rtol=1e-6)
     assert state.num_clipped == 1
 
 
