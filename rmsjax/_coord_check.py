@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from scipy.special import stdtrit
+from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
 from rmsjax._models import trainable
 from rmsjax._tags import partition

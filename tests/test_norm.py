@@ -110,6 +110,12 @@ def test_the_count_of_what_is_kept_does_not_overflow():
     np.testing.assert_array_equal(everywhere(ones)[:2], 1)
 
 
+def test_of_equal_parts_the_norm_of_norms_is_that_of_the_whole():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=640) * 1e30, jnp.float32)
+    by_parts = jax.jit(lambda x: rms(jax.lax.map(lambda part: rms(part * 2), x.reshape(32, -1))))(x)
+    np.testing.assert_allclose(by_parts, 2 * rms(x), rtol=1e-6)
+
+
 def test_nothing_left_is_zero():
     none = np.zeros(4, bool)
     x = jnp.array([1.0, jnp.nan, jnp.inf, 2.0])
