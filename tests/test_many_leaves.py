@@ -77,7 +77,8 @@ def test_derivatives():
     updates, changes = jax.jvp(clip_of, (leaves,), (tangents,))
     want, want_changes = jax.jvp(clip_of, (whole,), (along,))
     for got, expected in ((updates, want), (changes, want_changes)):
-        np.testing.assert_allclose(jnp.concatenate([leaf.ravel() for leaf in got]), expected, rtol=1e-5, atol=1e-7)
+        # Terms of about 1 cancel in a change, and each is rounded to 6e-8.
+        np.testing.assert_allclose(jnp.concatenate([leaf.ravel() for leaf in got]), expected, rtol=1e-5, atol=3e-7)
 
 
 def test_under_vmap():

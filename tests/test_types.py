@@ -128,7 +128,7 @@ CALLS = {
     "geometry.radial_profile": lambda f: [f(max_norm, X, 3)],
     "geometry.euclidean_constant": lambda f: [f(max_norm, 3, KEY, 4)],
     "geometry.family_constant": lambda f: [f(max_norm, (2, 4), KEY, "uniform", 2)],
-    "geometry.gaussian_mean_rms": lambda f: [f(jnp.arange(1, 4)), f(2.5), f(jnp.abs(X))],
+    "geometry.gaussian_mean_rms": lambda f: [f(jnp.arange(1, 4)), f(2.5), f(1 + jnp.abs(X))],
     "testing.assert_transform_invariant": lambda f: [f(jnp.sin, X, transforms=["eval_shape"])],
     "testing.assert_rotation_invariant": lambda f: [f(rmsjax.rms, 3)],
     "testing.assert_orthogonal_invariant": lambda f: [f(rmsjax.rms, 3)],
