@@ -117,6 +117,7 @@ def test_few_reductions(scope):
         assert found.get("reduce_and", 0) <= 2
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="XLA of jax 0.7 scales a copy of a leaf that is out of range")
 @pytest.mark.parametrize("scope", ["global", "block"])
 def test_large_leaves_are_not_copied(scope):
     leaves = [jnp.ones((65, 64)), jnp.ones(5000)]

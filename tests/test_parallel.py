@@ -152,7 +152,15 @@ def on_one_device(is_hot):
     return jax.jit(everything)(hot(X) if is_hot else X, SCALE, WHERE)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(AUTO, "data"), (AUTO, "model"), (AUTO, "both"), (EXPLICIT, "both")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(AUTO, "data", marks=pytest.mark.once),
+        pytest.param(AUTO, "model", marks=pytest.mark.once),
+        (AUTO, "both"),
+        (EXPLICIT, "both"),
+    ],
+)
 def test_jit_gives_the_values_of_one_device_and_keeps_the_sharding(kind, name):
     spec = SPECS[name]
     program = jax.jit(everything)
@@ -266,6 +274,7 @@ def test_number_of_all_reduces_under_jit_is_that_of_mesh_axes(kind, scope):
     assert all_reduces(program, shapes(*grid(100), kind)) == (2, 2)
 
 
+@pytest.mark.once
 def test_number_of_all_reduces_under_jit_for_1000_leaves():
     """XLA puts up to 256 numbers into one all-reduce; of 1000 leaves here, 500 are split over each mesh axis."""
     per_axis = math.ceil(500 / 256)

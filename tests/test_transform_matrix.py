@@ -201,7 +201,7 @@ IN_EVERY_ENVIRONMENT = ("rms", "rms_normalize", "tree_rms", "clip_by_rms", "nnx.
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name.split()[0] in IN_EVERY_ENVIRONMENT else pytest.mark.once) for name in ROWS],
+    [pytest.param(name, marks=[] if name in IN_EVERY_ENVIRONMENT else pytest.mark.once) for name in ROWS],
 )
 def test_function_under_all_transformations(name, record_property):
     fn, args, without = ROWS[name]
