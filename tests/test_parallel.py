@@ -5,10 +5,15 @@ ask for different branches, and must take the same one.
 """
 
 import itertools
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -313,6 +318,19 @@ def test_normalizing_features_on_several_devices_sends_one_number_for_each_row()
     # On the way back the mean of x*dx of each row, and for the scale, as for any parameter, the sum over all rows.
     of_features = rows._replace(arrays=("f32[8]",))
     assert Counter(sent(jax.jit(jax.grad(loss, (0, 1))), *args)) == found + Counter({rows: 1, of_features: 1})
+
+
+@pytest.mark.once
+def test_on_512_devices_nothing_but_numbers_is_sent():
+    """In a process of its own, since it needs as many devices as are asked for at its start."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=512", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.many_devices"]
+    run = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    for name, found in json.loads(run.stdout).items():
+        messages = [Sent(operation, always, tuple(arrays)) for operation, always, arrays in found]
+        assert {message.operation for message in messages} == {"all-reduce"}, name
+        assert [sum(m.always == always for m in messages) for always in (True, False)] == [3, 3], name
+        assert max(message.elements() for message in messages) == 96, name
 
 
 def test_normalizing_whole_rows_sends_a_flag_at_most():
