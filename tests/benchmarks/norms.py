@@ -41,7 +41,7 @@ def in_parts(x):
 
 
 def run():
-    for power in (6, 10, 14, 17, 20, 22, 24, 27):
+    for power in (6, 10, 17, 20, 24, 27):
         x = jax.random.normal(jax.random.key(0), (2**power,))
         yield against_naive(f"rms(x), 2^{power} float32", rmsjax.rms, naive_rms, x)
     x = jax.random.normal(jax.random.key(0), (2**24,))

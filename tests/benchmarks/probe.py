@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 import rmsjax
-from tests.benchmarks.timing import compile_time, interleaved, row, temporary
+from tests.benchmarks.timing import interleaved, row
 
 LAYERS, WIDTH, HEADS = 12, 512, 8
 
@@ -42,36 +42,18 @@ class Scanned(nnx.Module):
         return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
 
 
-def programs(kind, batch, length):
-    """The forward pass without and with the probe, compiled: calls, seconds to compile, MB of temporary memory."""
+def forward_times(kind, *, batch, length, repeats):
+    """The median time of a forward pass in milliseconds, plain and probed, taking turns."""
     graphdef, state = nnx.split(nnx.jit(kind)(nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(0), (batch, length, WIDTH))
-
-    def plain(state, x):
-        return nnx.merge(graphdef, state)(x)
-
-    def probed(state, x):
-        model = nnx.merge(graphdef, state)
-        return rmsjax.activation_rms(model, x)
-
-    compiled = {name: compile_time(fn, state, x) for name, fn in (("plain", plain), ("probed", probed))}
-    calls = {name: lambda program=program: program(state, x) for name, (_, program) in compiled.items()}
-    return calls, {name: (seconds, temporary(program)) for name, (seconds, program) in compiled.items()}
-
-
-def forward_times(kind=Unrolled, *, batch=8, length=128, repeats=21):
-    """The median time of a forward pass in milliseconds, plain and probed, taking turns."""
-    calls, _ = programs(kind, batch, length)
-    return interleaved(calls, repeats=repeats)
+    plain = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    probed = jax.jit(lambda state, x: rmsjax.activation_rms(nnx.merge(graphdef, state), x))
+    return interleaved({"plain": lambda: plain(state, x), "probed": lambda: probed(state, x)}, repeats=repeats)
 
 
 def run():
     for kind in (Unrolled, Scanned):
         for batch, length in ((8, 128), (1, 1024)):
-            calls, costs = programs(kind, batch, length)
-            name = f"forward of 12 layers of width 512, {kind.__name__.lower()}, batch {batch} x {length}"
-            for k, (what, unit) in enumerate([("compiling", "s"), ("temporary memory of", "MB")]):
-                values = {"rmsjax": costs["probed"][k], "without the probe": costs["plain"][k]}
-                yield row(f"{what} a probed {name}", values, unit)
-            times = interleaved(calls, repeats=11)
-            yield row(f"a probed {name}", {"rmsjax": times["probed"], "without the probe": times["plain"]})
+            times = forward_times(kind, batch=batch, length=length, repeats=11)
+            what = f"probed forward of 12 layers of width 512, {kind.__name__.lower()}, batch {batch} x {length}"
+            yield row(what, {"rmsjax": times["probed"], "without the probe": times["plain"]})
