@@ -37,15 +37,7 @@ if TYPE_CHECKING:
 
 Axes: TypeAlias = int | Sequence[int]
 Scope: TypeAlias = str | Axes | Callable[[str, Array], str | Axes]
-"""How the elements of a tree are pooled.
-
-- `"global"`: all elements of all leaves together.
-- `"block"`: each leaf by itself.
-- an int or a tuple of ints: each leaf is reduced over these axes and keeps the others, so a leaf of stacked layers
-  [L, m, n] has one norm per layer under `(1, 2)`, a kernel [in, out] one per output unit under `0`.
-- a callable `(path, leaf)`, with a path such as "layers/0/kernel", that returns for each leaf `"block"`, axes, or a
-  label of its own; leaves with the same label are pooled together.
-"""
+"""How the elements of a tree are pooled; `tree_rms` says what each kind means."""
 
 
 class Grouping(NamedTuple):
@@ -160,7 +152,13 @@ def tree_rms(
     Args:
         tree: any pytree of numeric arrays: parameters, gradients, an `nnx.State`. None and `optax.MaskedNode` hold no
             leaves and are passed over; leaves without elements contribute nothing.
-        scope: what is pooled, see `Scope`. Default: all elements of all leaves together.
+        scope: how the elements are pooled.
+            - `"global"`: all elements of all leaves together.
+            - `"block"`: each leaf by itself.
+            - an int or a tuple of ints: each leaf is reduced over these axes and keeps the others, so a leaf of stacked
+              layers [L, m, n] has one norm per layer under `(1, 2)`, a kernel [in, out] one per output unit under `0`.
+            - a callable `(path, leaf)`, with a path such as "layers/0/kernel", that returns for each leaf `"block"`,
+              axes, or a label of its own; leaves with the same label are pooled together.
         axis_name: under `shard_map` or `pmap`, the mapped axes that leaves are split over. Each leaf is summed only
             over those that it varies over, so replicated leaves count once; with `check_vma=False`, and under `pmap`,
             JAX does not know, and each leaf is summed over all of them.

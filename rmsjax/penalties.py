@@ -36,7 +36,7 @@ def rms_penalty(
     Args:
         tree: parameters, activations: any pytree of floating or complex arrays.
         target: the level, at least 0, in the unit of the tree.
-        scope: what shares a norm, see `rmsjax.Scope`; with axes, each entry that is kept counts as one norm.
+        scope: what shares a norm, see `rmsjax.tree_rms`; with axes, each entry that is kept counts as one norm.
         kind: "two_sided" pulls norms to the target; "ceiling" leaves those below it alone.
         axis_name: under `shard_map` or `pmap`, the mapped axes that the tree is split over, see `rmsjax.tree_rms`.
 

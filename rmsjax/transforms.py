@@ -265,7 +265,7 @@ def clip_by_rms(
 
     Args:
         max_rms: the bound, at least 0, in the unit of an update; a traced value (`optax.inject_hyperparams`) may do.
-        scope: what shares a norm and a factor, see `rmsjax.Scope`. Under `optax.inject_hyperparams` name it in
+        scope: what shares a norm and a factor, see `rmsjax.tree_rms`. Under `optax.inject_hyperparams` name it in
             static_args=("scope",), or else a callable is taken for a schedule.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
 
@@ -329,7 +329,7 @@ def clip_by_relative_rms(
 
     Args:
         max_ratio: the bound, at least 0, without unit; a traced value (`optax.inject_hyperparams`) may do.
-        scope: what shares a norm and a factor, see `rmsjax.Scope`; the parameters are pooled as the updates are. Under
+        scope: what shares a norm and a factor, see `rmsjax.tree_rms`; the parameters are pooled as the updates are. Under
             `optax.inject_hyperparams` name it in static_args=("scope",), or else a callable is taken for a schedule.
         min_rms: what counts as the size of smaller parameters, at least 0, so that those that start at zero can move.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates and parameters are split over, see
@@ -432,7 +432,7 @@ def normalize_by_rms(
 
     Args:
         target: the norm of the result, at least 0; a traced value (`optax.inject_hyperparams`) may do.
-        scope: what shares a norm and a factor, see `rmsjax.Scope`. Under `optax.inject_hyperparams` name it in
+        scope: what shares a norm and a factor, see `rmsjax.tree_rms`. Under `optax.inject_hyperparams` name it in
             static_args=("scope",), or else a callable is taken for a schedule.
         epsilon: what is added to the mean square, inside the root, as in `rms_normalize`; at least 0. Updates well
             below its root are not blown up to the target.
@@ -509,7 +509,7 @@ def record_rms(
     where batches may break, put the optimizer in `optax.apply_if_finite`, whose skipped steps it then does not see.
 
     Args:
-        scope: what shares a norm, see `rmsjax.Scope`. Under `optax.inject_hyperparams` name it in
+        scope: what shares a norm, see `rmsjax.tree_rms`. Under `optax.inject_hyperparams` name it in
             static_args=("scope",), or else a callable is taken for a schedule.
         ema_decay: also keep the exponential moving average of the norm with this decay, in [0, 1).
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
@@ -610,7 +610,7 @@ def scale_by_stable_adam(
             the step, as in the paper. `optax.add_decayed_weights` after this transformation decays at full speed.
         mask: where to decay, as in `optax.adamw`: a tree of booleans, a prefix of one, or a function of the params.
         mu_dtype: the dtype to keep the average of the gradient in.
-        scope: what shares an RMS_t, see `rmsjax.Scope`. The default is that of the paper; for a leaf of stacked layers
+        scope: what shares an RMS_t, see `rmsjax.tree_rms`. The default is that of the paper; for a leaf of stacked layers
             name the axes of a layer. Under `optax.inject_hyperparams` name it in static_args=("scope",), or else a
             callable is taken for a schedule.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
