@@ -329,8 +329,9 @@ def clip_by_relative_rms(
 
     Args:
         max_ratio: the bound, at least 0, without unit; a traced value (`optax.inject_hyperparams`) may do.
-        scope: what shares a norm and a factor, see `rmsjax.tree_rms`; the parameters are pooled as the updates are. Under
-            `optax.inject_hyperparams` name it in static_args=("scope",), or else a callable is taken for a schedule.
+        scope: what shares a norm and a factor, see `rmsjax.tree_rms`; the parameters are pooled as the updates are.
+            Under `optax.inject_hyperparams` name it in static_args=("scope",), or else a callable is taken for a
+            schedule.
         min_rms: what counts as the size of smaller parameters, at least 0, so that those that start at zero can move.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates and parameters are split over, see
             `rmsjax.tree_rms`.
@@ -610,9 +611,9 @@ def scale_by_stable_adam(
             the step, as in the paper. `optax.add_decayed_weights` after this transformation decays at full speed.
         mask: where to decay, as in `optax.adamw`: a tree of booleans, a prefix of one, or a function of the params.
         mu_dtype: the dtype to keep the average of the gradient in.
-        scope: what shares an RMS_t, see `rmsjax.tree_rms`. The default is that of the paper; for a leaf of stacked layers
-            name the axes of a layer. Under `optax.inject_hyperparams` name it in static_args=("scope",), or else a
-            callable is taken for a schedule.
+        scope: what shares an RMS_t, see `rmsjax.tree_rms`. The default is that of the paper; for a leaf of stacked
+            layers name the axes of a layer. Under `optax.inject_hyperparams` name it in static_args=("scope",), or else
+            a callable is taken for a schedule.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
 
     Returns:
