@@ -117,6 +117,12 @@ def test_few_reductions(scope):
         assert found.get("reduce_and", 0) <= 2
 
 
+def test_the_sums_of_joints_are_not_added_one_by_one():
+    """As XLA would do, at a cost in compiling that grows with the square of their number."""
+    text = jax.jit(rmsjax.tree_rms).lower([jnp.ones(64)] * 1600).compile().as_text()
+    assert text.count(" add(") < 5 * 1600 / 16
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="XLA of jax 0.7 scales a copy of a leaf that is out of range")
 @pytest.mark.parametrize("scope", ["global", "block"])
 def test_large_leaves_are_not_copied(scope):
