@@ -68,7 +68,8 @@ def row(what: str, values: Mapping[str, float], unit: str = "ms", *, floor: str 
     others = {name: value for name, value in values.items() if name != "rmsjax"}
     shown = ", ".join(f"{name} {value:.3g}" for name, value in others.items())
     best = min(value for name, value in others.items() if name != floor)
-    return Row(f"{what}, {unit}", f"{values['rmsjax']:.3g}", shown, f"{best / values['rmsjax']:.3g}x")
+    gain = best / values["rmsjax"]
+    return Row(f"{what}, {unit}", f"{values['rmsjax']:.3g}", shown, f"{gain:.2f}x" if gain < 100 else f"{gain:.0f}x")
 
 
 def table(rows: Iterable[Row]) -> str:
