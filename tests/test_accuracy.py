@@ -196,6 +196,7 @@ def test_the_ends_of_the_range(dtype, x64):
             assert_within(WORST, normalized, np.sign(float(end)))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_table_of_the_readme(dtype, x64):
     """Our columns are as the README says, and no case is lost."""

@@ -10,6 +10,8 @@ from jax.custom_batching import custom_vmap
 from rmsjax import testing
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
 
+pytestmark = pytest.mark.once  # the matrix runs the same checks everywhere
+
 X = jnp.array([[1.0, -2.0, 0.5, 3.0], [0.25, 4.0, -1.0, 2.0]])
 
 FIRST = {"grad", "value_and_grad", "jvp", "vjp", "linearize", "jacfwd", "jacrev"}

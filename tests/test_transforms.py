@@ -40,7 +40,7 @@ def run(tx, params, *grads):
 
 
 @pytest.mark.parametrize("check", optax_suite.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", [pytest.param(s, marks=() if s == "callable" else pytest.mark.once) for s in SCOPES])
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_composes(name, scope, check):
     check(name, scope)
