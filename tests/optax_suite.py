@@ -80,14 +80,6 @@ def signature(tree):
     return jax.tree.structure(tree), [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.fixture
-def quick_compiles():
-    """Compiling is most of the cost of these tests, and what LLVM makes of tiny loops is of no interest."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def stepped(tx, grads=GRADS, params=PARAMS):
     """(updates, states) of a transformation at each step, called step by step."""
     state, history = tx.init(params), []

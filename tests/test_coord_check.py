@@ -27,15 +27,9 @@ from tests.parametrisations import (
     zen_of_python,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs here run once, so XLA need not work hard on them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

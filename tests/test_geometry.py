@@ -15,20 +15,14 @@ import rmsjax
 from rmsjax import geometry
 from rmsjax.testing import assert_norm, assert_orthogonal_invariant, assert_rotation_invariant
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 getcontext().prec = 50
 
 KEY = jax.random.key(7)
 # A property holds if its gap is below the one, and is refuted by a gap above the other. The functions that are judged
 # add up to 4096 float32 naively.
 ROUNDING, SEEN = 1e-4, 1e-3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compiles():
-    """Compiling is nearly all the cost here, of functions that then run for a moment."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # ---------------------------------------------------------------------------------------------------- the known answers

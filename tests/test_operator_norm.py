@@ -11,16 +11,10 @@ from hypothesis import strategies as st
 import rmsjax
 from rmsjax import rms_operator_norm, rms_operator_norm_by_path
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 RNG = np.random.default_rng(0)
 SHAPE = (24, 16)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs here run once, so XLA need not work hard on them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def oracle(kernel):

@@ -87,12 +87,10 @@ def test_readme_names_exist():
 
 
 @pytest.fixture
-def as_for_a_user():
-    """Standard promotion, as in a user's program; and XLA need not work hard on programs that run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def as_for_a_user(quick_compiles):
+    """Standard promotion, as in a user's program."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.once

@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 from rmsjax import rms, rms_penalty, tree_rms
-from tests.optax_suite import quick_compiles  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

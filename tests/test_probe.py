@@ -25,15 +25,9 @@ import rmsjax
 from rmsjax import activation_rms, gradient_rms, rms
 from rmsjax.probe import capture, collect, tag
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 RNG = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs here run once, so XLA need not work hard on them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def gaussian(*shape):

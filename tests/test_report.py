@@ -19,7 +19,6 @@ from rmsjax import (
     rms_report,
     stable_adamw,
 )
-from tests.optax_suite import quick_compiles  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -22,6 +22,8 @@ import rmsjax
 from rmsjax import geometry
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 class Row(NamedTuple):
     """A function with its arguments; `without` says why it is not tried under a transformation."""
@@ -185,14 +187,6 @@ NOT_OF_ARRAYS = {
     "coord_check": "trains models, to NumPy records",
     "rms_report": "prints a table",
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick_compiles():
-    """Compiling is all the cost here, and what LLVM makes of tiny loops is of no interest."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # What differs between versions of JAX shows in these; the others take minutes to compile.

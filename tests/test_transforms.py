@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 import rmsjax
 from tests import optax_suite, stable_adamw
-from tests.optax_suite import ELEMENTS, GRADS, PARAMS, at, quick_compiles, scanned  # noqa: F401
+from tests.optax_suite import ELEMENTS, GRADS, PARAMS, at, scanned
 
 SCOPES = optax_suite.SCOPES
 pytestmark = pytest.mark.usefixtures("quick_compiles")
