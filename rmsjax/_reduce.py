@@ -541,17 +541,21 @@ def _differential(
 ) -> PerPool:
     """The derivative of `root_mean_square` along the tangents in `moving`: mean(Re(conj(x/rho) dx)), linear in dx."""
     counts = _sizes(plan) if counts is None else counts
-    found: dict[int, Array] = {}
-    for slot, of_slot, count_of_slot in zip(plan.slots, roots.values, counts.values, strict=True):
-        for k, pool in enumerate(slot.pools):
-            root, count = (of_slot[k], count_of_slot[k]) if slot.axes is None else (of_slot, count_of_slot)
-            products = [
-                along(leaves[i], root, moving[i], slot.axes, plan.mapped[i], count)
-                for i in slot.members(pool)
-                if i in moving
-            ]
-            found[pool] = in_order(_sum_of_all(products, root), _inverse_root(count, root.dtype))
-    return in_slots(plan.slots, [found[p] for p in range(len(found))], jnp.stack)
+
+    def of_pool(slot: Slot, pool: int, root: Array, count: Any) -> Array:
+        products = [
+            along(leaves[i], root, moving[i], slot.axes, plan.mapped[i], count)
+            for i in slot.members(pool)
+            if i in moving
+        ]
+        return in_order(_sum_of_all(products, root), _inverse_root(count, root.dtype))
+
+    def of_slot(slot: Slot, roots: Array, counts: Any) -> Array:
+        if slot.axes is not None:
+            return of_pool(slot, slot.pools[0], roots, counts)
+        return jnp.stack([of_pool(slot, *entry) for entry in zip(slot.pools, roots, counts, strict=True)])
+
+    return PerPool(tuple(map(of_slot, plan.slots, roots.values, counts.values)), plan.slots)
 
 
 def _sum_of_all(terms: Sequence[Array], like: Array) -> Array:
