@@ -69,6 +69,11 @@ class PerPool:
             found |= zip(slot.pools, jnp.unstack(value) if slot.axes is None else [value], strict=True)
         return [found[pool] for pool in range(len(found))]
 
+    def with_axes(self, change: Callable[[Any, tuple[int, ...]], Any]) -> PerPool:
+        """The values of slots with axes changed by `lax.squeeze` or `lax.expand_dims`."""
+        pairs = zip(self.values, self.slots, strict=True)
+        return PerPool(tuple(v if slot.axes is None else change(v, slot.axes) for v, slot in pairs), self.slots)
+
     def in_slots_of(self, other: PerPool) -> PerPool:
         """The same entries in the slots of another."""
         return self if self.slots == other.slots else in_slots(other.slots, self.entries(), jnp.stack)
@@ -166,7 +171,9 @@ def _four_over(root: Array) -> Array:
     smallest normal number alone, where the largest number is as good.
     """
     largest = float(jnp.finfo(root.dtype).max)
-    return jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest))
+    kept = [a for a, n in enumerate(root.shape) if n == 1]  # taken out for the reason given in `_sums`
+    root = lax.squeeze(root, kept)
+    return lax.expand_dims(jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest)), kept)
 
 
 @_four_over.defjvp
@@ -275,13 +282,15 @@ def _may_be_partitioned(x: Array) -> bool:
 
 # XLA:CPU compiles a kernel for each reduction, and that, not the reading of memory, is the cost of a tree of many small
 # leaves. So leaves up to this size are joined, this many at a time; joints of more take longer to compile than they
-# save. Kernels that are alike are compiled once, hence leaves are joined with others of their size.
-_SMALL, _GROUP = 4096, 16
+# save, above all of tiny ones, whose copies LLVM writes out. Kernels that are alike are compiled once, hence leaves are
+# joined with others of their size.
+_SMALL, _GROUP, _TINY, _TINY_GROUP = 4096, 32, 64, 16
 
 
 def bundles(leaves: Sequence[Array], positions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Which leaves to handle together: large ones alone, small ones with others of their dtype and about their size."""
     alone: list[tuple[int, ...]] = []
+    joint: list[tuple[int, ...]] = []
     alike: dict[Any, list[int]] = {}
     for i in positions:
         leaf = leaves[i]
@@ -289,17 +298,22 @@ def bundles(leaves: Sequence[Array], positions: Sequence[int]) -> tuple[tuple[in
             alone.append((i,))
         else:
             alike.setdefault((leaf.dtype, leaf.size.bit_length(), _varying(leaf)), []).append(i)
-    by_size = [sorted(group, key=lambda i: leaves[i].size) for group in alike.values()]
-    return (*alone, *(tuple(group[k : k + _GROUP]) for group in by_size for k in range(0, len(group), _GROUP)))
+    for group in alike.values():
+        by_size = sorted(group, key=lambda i: leaves[i].size)
+        count = _TINY_GROUP if leaves[by_size[-1]].size <= _TINY else _GROUP
+        joint += (tuple(by_size[k : k + count]) for k in range(0, len(group), count))
+    return (*alone, *joint)
 
 
 def join(leaves: Sequence[Array]) -> Array:
-    """Leaves of one dtype as the rows of one matrix, filled up with zeros; a single leaf in its shape, as one row."""
-    if len(leaves) == 1:
-        return leaves[0][None]
+    """Leaves of one dtype as rows of one matrix, filled with zeros; a single one that jit may split, in its shape."""
+    if len(leaves) == 1 and _may_be_partitioned(leaves[0]):
+        return lax.expand_dims(leaves[0], (0,))
     width = max(leaf.size for leaf in leaves)
-    rows = [leaf.reshape(1, -1) for leaf in leaves]  # as rows, not as vectors: then the joint is compiled as one loop
-    return lax.concatenate([r if r.size == width else jnp.pad(r, ((0, 0), (0, width - r.size))) for r in rows], 0)
+    rows = [lax.reshape(leaf, (1, leaf.size)) for leaf in leaves]  # not vectors: then the joint is compiled as one loop
+    zero = jnp.zeros((), leaves[0].dtype)
+    filled = [r if r.size == width else lax.pad(r, zero, [(0, 0, 0), (0, width - r.size, 0)]) for r in rows]
+    return lax.concatenate(filled, 0)
 
 
 def part(rows: Array, leaves: Sequence[Array]) -> list[Array]:
@@ -315,32 +329,34 @@ def part(rows: Array, leaves: Sequence[Array]) -> list[Array]:
 
 
 def _sum_of(terms: Callable[..., Array], axes: Sequence[int], x: Array, *others: Array) -> Array:
-    """The sum over axes, which are kept with size 1, of `terms(x, *others)`, an elementwise function.
+    """The sum over axes of `terms(x, *others)`, an elementwise function.
 
     The others have the rank of x, and along each axis size 1 or that of x. XLA:CPU adds up one axis in blocks of 32
     terms, but several in blocks of 32 along each of them: 1024 or 32768 terms one by one, and the sum of equal numbers
     is off by 1e-5. So neighbouring axes become one, and axes that are no neighbours are added up one after the other.
     What is split over devices is left as it is: merged it would be gathered, and partial sums would be sent.
     """
-    shape = [1 if a in axes else n for a, n in enumerate(x.shape)]
     if sum(x.shape[a] > 1 for a in axes) < 2 or _may_be_partitioned(x):
-        return jnp.sum(terms(x, *others), tuple(axes), keepdims=True)
+        return lax.reduce_sum(terms(x, *others), axes)
     extended = [a for a in range(x.ndim) if x.shape[a] != 1]
     groups = [(summed, tuple(group)) for summed, group in groupby(extended, axes.__contains__)]
     # The arrays are reshaped, not the terms, since XLA undoes a reshape right before a sum.
     merged = [[math.prod(array.shape[a] for a in group) for _, group in groups] for array in (x, *others)]
     total = terms(*(array.reshape(sizes) for array, sizes in zip((x, *others), merged, strict=True)))
     last, *rest = [k for k, (summed, _) in reversed([*enumerate(groups)]) if summed]
-    total = jnp.sum(total, last, keepdims=True)
+    total = lax.reduce_sum(total, [last])
     for k in rest:
-        total = jnp.sum(cpu_barrier(total), k, keepdims=True)  # or XLA makes one sum of both
-    return total.reshape(shape)
+        total = lax.reduce_sum(cpu_barrier(total), [k])  # or XLA makes one sum of both
+    return total.reshape([n for a, n in enumerate(x.shape) if a not in axes])
 
 
 def _sum_squares(x: Array, axes: Sequence[int], dtype: np.dtype[Any], scale: Array | None) -> Array:
     def square(part: Array, *scale: Array) -> Array:
-        # Of a constant x, XLA before that of jax 0.12 would make (x x)(scale scale), but for the maximum.
-        return jnp.square(jnp.maximum(jnp.abs(times(part, *scale)), 0) if scale else part)
+        if not scale:
+            return lax.square(part)
+        scaled = times(part, *scale)
+        # The size of it: of a constant, XLA before that of jax 0.12 would make (x x)(scale scale) of a bare square.
+        return lax.square(lax.max(scaled, -scaled))
 
     def squares(x: Array, *scale: Array) -> Array:
         return reduce(jnp.add, [square(part, *scale) for part in real_parts(x, dtype)])
@@ -349,7 +365,10 @@ def _sum_squares(x: Array, axes: Sequence[int], dtype: np.dtype[Any], scale: Arr
 
 
 def _sums(plan: Plan, joined: Sequence[Sequence[Array]], scales: PerPool | None) -> PerPool:
-    """The sums of squares of all pools, over all devices, of `_joined` leaves multiplied by the scale of their pool."""
+    """The sums of squares of all pools, over all devices, of `_joined` leaves multiplied by the scale of their pool.
+
+    Axes are not kept: XLA:CPU computes one by one what has a last axis of size 1.
+    """
     given = [None] * len(joined) if scales is None else scales.values
     return PerPool(tuple(map(partial(_sum_slot, plan), plan.slots, joined, given)), plan.slots)
 
@@ -364,11 +383,12 @@ def _joined(plan: Plan, leaves: Sequence[Array]) -> list[list[Array]]:
 
 def _sum_slot(plan: Plan, slot: Slot, arrays: Sequence[Array], scale: Array | None) -> Array:
     if slot.axes is not None:
-        return plan.mapped[slot.bundles[0][0]].psum(_sum_squares(arrays[0], slot.axes, plan.dtype, scale))
+        of_rows = scale if scale is None else lax.expand_dims(scale, slot.axes)
+        return plan.mapped[slot.bundles[0][0]].psum(_sum_squares(arrays[0], slot.axes, plan.dtype, of_rows))
     by_row: dict[Mapped, list[Array]] = {}
     for bundle, rows in zip(slot.bundles, arrays, strict=True):
         of_rows = scale if scale is None else scale.reshape(-1, *[1] * (rows.ndim - 1))
-        sums = _sum_squares(rows, range(1, rows.ndim), plan.dtype, of_rows).reshape(-1)
+        sums = _sum_squares(rows, range(1, rows.ndim), plan.dtype, of_rows)
         by_row.setdefault(plan.mapped[bundle[0]], []).append(sums)
     one_pool = len(slot.pools) == 1
     totals = [mapped.psum(_add_up(parts) if one_pool else parts[0]) for mapped, parts in by_row.items()]
@@ -452,15 +472,15 @@ def _root(plan: Plan, total: Array, scale: Array | float, count: Any) -> Array:
     mean = total / count
     if not isinstance(scale, Array):
         return jnp.sqrt(mean + plan.epsilon * scale * scale)
-    root = jnp.sqrt(mean + in_order(scale, jnp.asarray(plan.epsilon), scale))
+    root = jnp.sqrt(mean + in_order(scale, jnp.asarray(plan.epsilon), scale) if plan.epsilon else mean)
     # The RMS of numbers at the top of the range is in the range: do not let the last rounding carry it beyond.
     largest = float(jnp.finfo(plan.dtype).max) * jnp.minimum(scale, 0.5)  # a root of numbers scaled up is far below
     return jnp.where(jnp.isfinite(root), jnp.minimum(root, largest), root) / scale
 
 
 def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerPool:
-    """The root of each pool: from the naive sums, unless some sum left the safe window."""
-    sizes, joined = _sizes(plan), _joined(plan, leaves)
+    """The root of each pool, without the axes: from the naive sums, unless some sum left the safe window."""
+    sizes, joined = _sizes(plan), cpu_barrier(_joined(plan, leaves))
     naive = _sums(plan, joined, None)
 
     def roots(sums: PerPool, counts: PerPool, scales: PerPool | float = 1.0) -> PerPool:
@@ -523,7 +543,8 @@ def root_mean_square(plan: Plan, leaves: Sequence[Array], counts: PerPool | None
     counts: what the sums are divided by, at least 1, where that is not the number of elements (masks).
     The derivative is mean(Re(conj(x) dx))/rho, and 0 where rho = 0.
     """
-    return _guarded_roots(plan, leaves, _sizes(plan) if counts is None else counts)
+    counts = _sizes(plan) if counts is None else counts.with_axes(lax.squeeze)
+    return _guarded_roots(plan, leaves, counts).with_axes(lax.expand_dims)
 
 
 @partial(root_mean_square.defjvp, symbolic_zeros=True)
@@ -591,4 +612,4 @@ def along(x: Array, root: Array, t: Array, axes: Sequence[int] | None, mapped: M
 
     count = jnp.broadcast_to(jnp.asarray(count, root.dtype), root.shape).reshape(shape)
     total = _sum_of(products, range(x.ndim) if axes is None else axes, x, root.reshape(shape), t, count)
-    return mapped.psum(total).reshape(root.shape)
+    return mapped.psum(total if axes is None else lax.expand_dims(total, axes))

@@ -44,7 +44,7 @@ def _training(tx):
     return call
 
 
-def step_times(repeats=21):
+def step_times(repeats=61):
     """The median time of a step in milliseconds, without and with a record of each kind."""
     adam = optax.adam(1e-3)
     return interleaved(

@@ -12,7 +12,7 @@ from tests.benchmarks.timing import Row, compile_time, interleaved, row
 
 
 def leaves_of(shapes):
-    return {f"{i:05d}": jnp.full(shape, 1e-3) for i, shape in enumerate(shapes)}
+    return {f"{i:05d}": jnp.full(shape, 1e-3, jnp.float32) for i, shape in enumerate(shapes)}
 
 
 def mixed(count):
@@ -83,7 +83,7 @@ def against_optax(what, values, unit="ms"):
 def large_leaves():
     """The clip is measured where it changes nothing, and where it scales: then the bound falls from call to call."""
     tree = leaves_of(gpt2_small())
-    flat = jnp.full(sum(leaf.size for leaf in tree.values()), 1e-3)
+    flat = jnp.full(sum(leaf.size for leaf in tree.values()), 1e-3, jnp.float32)
     norms = {
         "rmsjax": partial(jax.jit(rmsjax.tree_rms), tree),
         "optax": partial(jax.jit(optax.tree.norm), tree),
