@@ -311,9 +311,7 @@ def join(leaves: Sequence[Array]) -> Array:
         return lax.expand_dims(leaves[0], (0,))
     width = max(leaf.size for leaf in leaves)
     rows = [lax.reshape(leaf, (1, leaf.size)) for leaf in leaves]  # not vectors: then the joint is compiled as one loop
-    zero = jnp.zeros((), leaves[0].dtype)
-    filled = [r if r.size == width else lax.pad(r, zero, [(0, 0, 0), (0, width - r.size, 0)]) for r in rows]
-    return lax.concatenate(filled, 0)
+    return lax.concatenate([r if r.size == width else jnp.pad(r, ((0, 0), (0, width - r.size))) for r in rows], 0)
 
 
 def part(rows: Array, leaves: Sequence[Array]) -> list[Array]:
