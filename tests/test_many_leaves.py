@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import rmsjax
@@ -129,3 +130,23 @@ def test_large_leaves_are_not_copied(scope):
     leaves = [jnp.ones((65, 64)), jnp.ones(5000)]
     compiled = jax.jit(partial(clipped, scope), donate_argnums=0).lower(leaves, 1.0).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < leaves[0].nbytes / 4
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="XLA of jax 0.7 stores the squares")
+@pytest.mark.parametrize("scope", ["block", "global"])
+def test_a_record_in_a_training_step_needs_no_memory(scope):
+    """The squares of a gradient are not stored for the norm and for the second moment of Adam to share."""
+
+    def temporary(tx):
+        def step(w, state):
+            grads = jax.grad(lambda w: jnp.sum(jnp.tanh(jnp.ones((8, 1024)) @ w)))(w)
+            updates, state = tx.update(grads, state, w)
+            return w + updates, state
+
+        w = jnp.zeros((1024, 1024))
+        with jax.numpy_dtype_promotion("standard"):  # adam multiplies floats by integers
+            compiled = jax.jit(step, donate_argnums=(0, 1)).lower(w, tx.init(w)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    adam = optax.adam(1e-3)
+    assert temporary(optax.chain(rmsjax.record_rms(scope), adam)) < temporary(adam) + 1e6

@@ -1,5 +1,7 @@
 """What `rms` and `rms_normalize` mean: axes, masks, scales, dtypes. How exact they are is in test_accuracy.py."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,6 +200,13 @@ def test_backward_needs_no_memory(shape, dtype):
     x = jax.ShapeDtypeStruct(shape, dtype)
     compiled = jax.jit(both).lower(x, jax.ShapeDtypeStruct(shape[-1:], jnp.float32), x).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1e6
+
+
+def test_norms_of_rows_are_computed_as_a_vector():
+    """XLA:CPU computes one by one what has a last axis of size 1, and that takes longer than the sums of short rows."""
+    text = jax.jit(lambda x: rms(x, -1)).lower(jnp.ones((4096, 128))).compile().as_text()
+    assert " fusion(" in text
+    assert not re.search(r"\[4096,1\]\S* fusion\(", text)
 
 
 def test_vmap_keeps_the_branch():
