@@ -69,7 +69,7 @@ class PerPool:
             found |= zip(slot.pools, jnp.unstack(value) if slot.axes is None else [value], strict=True)
         return [found[pool] for pool in range(len(found))]
 
-    def with_axes(self, change: Callable[[Any, tuple[int, ...]], Any]) -> PerPool:
+    def change_axes(self, change: Callable[[Any, tuple[int, ...]], Any]) -> PerPool:
         """The values of slots with axes changed by `lax.squeeze` or `lax.expand_dims`."""
         pairs = zip(self.values, self.slots, strict=True)
         return PerPool(tuple(v if slot.axes is None else change(v, slot.axes) for v, slot in pairs), self.slots)
@@ -171,9 +171,10 @@ def _four_over(root: Array) -> Array:
     smallest normal number alone, where the largest number is as good.
     """
     largest = float(jnp.finfo(root.dtype).max)
-    kept = [a for a, n in enumerate(root.shape) if n == 1]  # taken out for the reason given in `_sums`
-    root = lax.squeeze(root, kept)
-    return lax.expand_dims(jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest)), kept)
+    sharding = jax.typeof(root).sharding.spec
+    ones = [a for a, n in enumerate(root.shape) if n == 1 and sharding[a] is None]  # left out, as are those of `_sums`
+    root = lax.squeeze(root, ones)
+    return lax.expand_dims(jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest)), ones)
 
 
 @_four_over.defjvp
@@ -274,8 +275,9 @@ def _may_be_partitioned(x: Array) -> bool:
     mesh: Any = jax.typeof(x).sharding.mesh
     if mesh.empty:
         return jax.device_count() > 1
-    manual = jax.sharding.AxisType.Manual
-    return any(size > 1 and kind != manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True))
+    auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit  # the latter counts even with size 1
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(kind == explicit or (kind == auto and size > 1) for size, kind in axes)
 
 
 # -------------------------------------------------------------------------------------------------- many small leaves
@@ -297,7 +299,8 @@ def bundles(leaves: Sequence[Array], positions: Sequence[int]) -> tuple[tuple[in
         if leaf.size > _SMALL or _may_be_partitioned(leaf):
             alone.append((i,))
         else:
-            alike.setdefault((leaf.dtype, leaf.size.bit_length(), _varying(leaf)), []).append(i)
+            kind = (leaf.dtype, (leaf.size - 1).bit_length(), _varying(leaf))  # up to a power of two
+            alike.setdefault(kind, []).append(i)
     for group in alike.values():
         by_size = sorted(group, key=lambda i: leaves[i].size)
         count = _TINY_GROUP if leaves[by_size[-1]].size <= _TINY else _GROUP
@@ -306,7 +309,7 @@ def bundles(leaves: Sequence[Array], positions: Sequence[int]) -> tuple[tuple[in
 
 
 def join(leaves: Sequence[Array]) -> Array:
-    """Leaves of one dtype as rows of one matrix, filled with zeros; a single one that jit may split, in its shape."""
+    """Leaves of one dtype as rows of one matrix, filled up with zeros; a single one that jit may split in its shape."""
     if len(leaves) == 1 and _may_be_partitioned(leaves[0]):
         return lax.expand_dims(leaves[0], (0,))
     width = max(leaf.size for leaf in leaves)
@@ -478,6 +481,7 @@ def _root(plan: Plan, total: Array, scale: Array | float, count: Any) -> Array:
 
 def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerPool:
     """The root of each pool, without the axes: from the naive sums, unless some sum left the safe window."""
+    # Behind a barrier, or XLA would store float32 copies and squares, to share them with what follows.
     sizes, joined = _sizes(plan), cpu_barrier(_joined(plan, leaves))
     naive = _sums(plan, joined, None)
 
@@ -541,8 +545,8 @@ def root_mean_square(plan: Plan, leaves: Sequence[Array], counts: PerPool | None
     counts: what the sums are divided by, at least 1, where that is not the number of elements (masks).
     The derivative is mean(Re(conj(x) dx))/rho, and 0 where rho = 0.
     """
-    counts = _sizes(plan) if counts is None else counts.with_axes(lax.squeeze)
-    return _guarded_roots(plan, leaves, counts).with_axes(lax.expand_dims)
+    counts = _sizes(plan) if counts is None else counts.change_axes(lax.squeeze)
+    return _guarded_roots(plan, leaves, counts).change_axes(lax.expand_dims)
 
 
 @partial(root_mean_square.defjvp, symbolic_zeros=True)

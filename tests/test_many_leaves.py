@@ -14,7 +14,8 @@ from tests.oracle import in_double, true_rms
 pytestmark = pytest.mark.usefixtures("one_device", "quick_compiles")
 
 RNG = np.random.default_rng(0)
-SHAPES = [(), (1,), (5,), (3, 3), *[(8, 8)] * 19, (100,), (4096,), (70, 80), (0, 3)]
+# Joints of one leaf and of several, alike and filled up, and more than one joint: of tiny leaves, and of larger ones.
+SHAPES = [(), (1,), (5,), (3, 3), *[(8, 8)] * 19, (50,), *[(70,)] * 33, (100,), (4096,), (70, 80), (0, 3)]
 DTYPES = ["float32", "bfloat16", "float16", "complex64"]
 
 

@@ -202,9 +202,12 @@ def test_backward_needs_no_memory(shape, dtype):
     assert compiled.memory_analysis().temp_size_in_bytes < 1e6
 
 
-def test_norms_of_rows_are_computed_as_a_vector():
+@pytest.mark.parametrize("f", [lambda x: rms(x, -1), rms_normalize], ids=["rms", "rms_normalize"])
+def test_norms_of_rows_are_computed_as_a_vector(f):
     """XLA:CPU computes one by one what has a last axis of size 1, and that takes longer than the sums of short rows."""
-    text = jax.jit(lambda x: rms(x, -1)).lower(jnp.ones((4096, 128))).compile().as_text()
+    if f is rms_normalize and jax.__version_info__ >= (0, 11):
+        pytest.skip("XLA of jax 0.12 undoes it for the inverse of the norms")
+    text = jax.jit(f).lower(jnp.ones((4096, 128))).compile().as_text()
     assert " fusion(" in text
     assert not re.search(r"\[4096,1\]\S* fusion\(", text)
 
