@@ -44,7 +44,9 @@ def clipped(scope, leaves, max_rms):
 
 
 @pytest.mark.parametrize("scope", ["global", "block", by_parity])
-@pytest.mark.parametrize("dtype", [*DTYPES[:2], *(pytest.param(d, marks=pytest.mark.once) for d in DTYPES[2:]), "mixed"])
+@pytest.mark.parametrize(
+    "dtype", [*DTYPES[:2], *(pytest.param(d, marks=pytest.mark.once) for d in DTYPES[2:]), "mixed"]
+)
 def test_measured_and_clipped(dtype, scope):
     dtypes = [DTYPES[i % 4] if dtype == "mixed" else dtype for i in range(len(SHAPES))]
     program = jax.jit(partial(clipped, scope))
