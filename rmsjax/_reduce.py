@@ -362,7 +362,7 @@ def _sum_squares(x: Array, axes: Sequence[int], dtype: np.dtype[Any], scale: Arr
     def squares(x: Array, *scale: Array) -> Array:
         return reduce(jnp.add, [square(part, *scale) for part in real_parts(x, dtype)])
 
-    return _sum_of(squares, axes, x, *([] if scale is None else [scale]))
+    return _sum_of(squares, axes, x, *([] if scale is None else [lax.expand_dims(scale, axes)]))
 
 
 def _sums(plan: Plan, joined: Sequence[Sequence[Array]], scales: PerPool | None) -> PerPool:
@@ -384,12 +384,10 @@ def _joined(plan: Plan, leaves: Sequence[Array]) -> list[list[Array]]:
 
 def _sum_slot(plan: Plan, slot: Slot, arrays: Sequence[Array], scale: Array | None) -> Array:
     if slot.axes is not None:
-        of_rows = scale if scale is None else lax.expand_dims(scale, slot.axes)
-        return plan.mapped[slot.bundles[0][0]].psum(_sum_squares(arrays[0], slot.axes, plan.dtype, of_rows))
+        return plan.mapped[slot.bundles[0][0]].psum(_sum_squares(arrays[0], slot.axes, plan.dtype, scale))
     by_row: dict[Mapped, list[Array]] = {}
     for bundle, rows in zip(slot.bundles, arrays, strict=True):
-        of_rows = scale if scale is None else scale.reshape(-1, *[1] * (rows.ndim - 1))
-        sums = _sum_squares(rows, range(1, rows.ndim), plan.dtype, of_rows)
+        sums = _sum_squares(rows, range(1, rows.ndim), plan.dtype, scale)
         by_row.setdefault(plan.mapped[bundle[0]], []).append(sums)
     one_pool = len(slot.pools) == 1
     totals = [mapped.psum(_add_up(parts) if one_pool else parts[0]) for mapped, parts in by_row.items()]
