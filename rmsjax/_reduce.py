@@ -47,9 +47,13 @@ class Slot(NamedTuple):
     axes: tuple[int, ...] | None
     bundles: tuple[tuple[int, ...], ...]
 
+    @property
+    def is_one_pool(self) -> bool:
+        return len(self.pools) == 1
+
     def members(self, pool: int) -> tuple[int, ...]:
         """The leaves of a pool, those without elements left out."""
-        if len(self.pools) > 1:
+        if not self.is_one_pool:
             return (self.bundles[0][self.pools.index(pool)],)
         return tuple(i for bundle in self.bundles for i in bundle)
 
@@ -308,21 +312,29 @@ def bundles(leaves: Sequence[Array], positions: Sequence[int]) -> tuple[tuple[in
     return (*alone, *joint)
 
 
-def join(leaves: Sequence[Array]) -> Array:
-    """Leaves of one dtype as rows of one matrix, filled up with zeros; a single one that jit may split in its shape."""
+def join(leaves: Sequence[Array], *, one_pool: bool) -> Array:
+    """Leaves of one dtype as the rows of one matrix; a single one that jit may split in its shape.
+
+    Rows of several sizes are filled up with zeros, or, if all belong to one pool, put one behind the other in one row:
+    that compiles two or three times as fast.
+    """
     if len(leaves) == 1 and _may_be_partitioned(leaves[0]):
         return lax.expand_dims(leaves[0], (0,))
     width = max(leaf.size for leaf in leaves)
     rows = [lax.reshape(leaf, (1, leaf.size)) for leaf in leaves]  # not vectors: then the joint is compiled as one loop
+    if one_pool and any(row.size < width for row in rows):
+        return lax.concatenate(rows, 1)
     return lax.concatenate([r if r.size == width else jnp.pad(r, ((0, 0), (0, width - r.size))) for r in rows], 0)
 
 
 def part(rows: Array, leaves: Sequence[Array]) -> list[Array]:
-    """The rows of what `join` made of several leaves, in the shapes of these."""
-    pieces = lax.split(rows, [1] * len(leaves))
+    """What `join` made of several leaves taken apart again, in the shapes of these."""
+    one_behind_the_other = rows.shape[0] == 1
+    sizes = [leaf.size for leaf in leaves]
+    pieces = lax.split(rows, sizes, 1) if one_behind_the_other else lax.split(rows, [1] * len(leaves))
     return [
-        piece.reshape(-1)[: leaf.size].reshape(leaf.shape) if leaf.size < rows.shape[1] else piece.reshape(leaf.shape)
-        for piece, leaf in zip(pieces, leaves, strict=True)
+        (piece if piece.size == size else piece[:, :size]).reshape(leaf.shape)
+        for piece, size, leaf in zip(pieces, sizes, leaves, strict=True)
     ]
 
 
@@ -375,11 +387,13 @@ def _sums(plan: Plan, joined: Sequence[Sequence[Array]], scales: PerPool | None)
 
 
 def _joined(plan: Plan, leaves: Sequence[Array]) -> list[list[Array]]:
-    """For each slot the bundles, each as the rows of one array; the leaf itself for a slot with axes."""
-    return [
-        [join([leaves[i] for i in bundle]) if slot.axes is None else leaves[bundle[0]] for bundle in slot.bundles]
-        for slot in plan.slots
-    ]
+    """For each slot its bundles, each joined into one array; the leaf itself for a slot with axes."""
+
+    def joined(slot: Slot, bundle: tuple[int, ...]) -> Array:
+        members = [leaves[i] for i in bundle]
+        return join(members, one_pool=slot.is_one_pool) if slot.axes is None else members[0]
+
+    return [[joined(slot, bundle) for bundle in slot.bundles] for slot in plan.slots]
 
 
 def _sum_slot(plan: Plan, slot: Slot, arrays: Sequence[Array], scale: Array | None) -> Array:
@@ -389,8 +403,7 @@ def _sum_slot(plan: Plan, slot: Slot, arrays: Sequence[Array], scale: Array | No
     for bundle, rows in zip(slot.bundles, arrays, strict=True):
         sums = _sum_squares(rows, range(1, rows.ndim), plan.dtype, scale)
         by_row.setdefault(plan.mapped[bundle[0]], []).append(sums)
-    one_pool = len(slot.pools) == 1
-    totals = [mapped.psum(_add_up(parts) if one_pool else parts[0]) for mapped, parts in by_row.items()]
+    totals = [mapped.psum(_add_up(parts) if slot.is_one_pool else parts[0]) for mapped, parts in by_row.items()]
     return reduce(jnp.add, totals, *([] if totals else [jnp.zeros(1, plan.dtype)]))
 
 

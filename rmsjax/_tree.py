@@ -271,7 +271,7 @@ def _elementwise(f: Callable[..., Array], leaves: Sequence[Array], *of_pools: Pe
             elif len(bundle) == 1:
                 results = [f(members[0], *(v[0] for v in values))]
             else:
-                results = part(f(join(members), *(v[:, None] for v in values)), members)
+                results = part(f(join(members, one_pool=slot.is_one_pool), *(v[:, None] for v in values)), members)
             for i, result in zip(bundle, results, strict=True):
                 found[i] = result
     return found

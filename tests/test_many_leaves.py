@@ -121,6 +121,13 @@ def test_few_reductions(scope):
         assert found.get("reduce_and", 0) <= 2
 
 
+def test_leaves_of_several_sizes_are_filled_up_only_to_be_measured_apart():
+    leaves = [jnp.ones(size) for size in range(70, 100)]
+    assert "pad" not in operations(rmsjax.tree_rms, leaves)
+    assert "pad" not in operations(lambda leaves: clipped("global", leaves, 1.0), leaves)
+    assert operations(partial(rmsjax.tree_rms, scope="block"), leaves)["pad"] == len(leaves) - 1
+
+
 def test_the_sums_of_joints_are_not_added_one_by_one():
     """As XLA would do, at a cost in compiling that grows with the square of their number."""
     text = jax.jit(rmsjax.tree_rms).lower([jnp.ones(64)] * 1600).compile().as_text()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import rmsjax
-from tests.benchmarks.timing import compile_time, interleaved, recycled, row, temporary
+from tests.benchmarks.timing import interleaved, recycled, row, temporary
 
 SHAPES = [(8, 512, 768), (4, 1024, 4096), (65536, 128)]
 
@@ -56,7 +56,7 @@ def run():
                 forward[name] = recycled(fn, x, scale, outputs=x)
                 warm[name] = recycled(both, x, scale, ct, outputs=(x, x, scale))
                 cold[name] = partial(jax.jit(both), x, scale, ct)
-                memory[name] = temporary(compile_time(both, x, scale, ct)[1])
+                memory[name] = temporary(jax.jit(both).lower(x, scale, ct).compile())
             warm["copies"] = recycled(copies, x, ct, outputs=(x, x))
             cold["copies"] = partial(jax.jit(copies), x, ct)
             name = f"RMSNorm {shape} {dtype.__name__}"

@@ -5,13 +5,16 @@ import statistics
 import subprocess
 import sys
 from functools import partial
+from unittest import mock
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
 import rmsjax
-from tests.benchmarks.timing import Row, compile_time, interleaved, recycled, row
+from rmsjax import _reduce
+from tests.benchmarks.timing import compile_time, interleaved, recycled, row
 
 
 def naive_rms(x):
@@ -36,6 +39,15 @@ def naive_normalize(x):
 def against_naive(what, ours, naive, *args, repeats=21):
     calls = {"rmsjax": ours, "naive": naive}
     return row(what, interleaved({name: partial(jax.jit(fn), *args) for name, fn in calls.items()}, repeats=repeats))
+
+
+def without_guard(fn, x):
+    """fn as a program that takes the naive sums for granted, as it does of dtypes whose squares cannot overflow."""
+    jax.clear_caches()
+    with mock.patch.object(_reduce, "_squares_fit", return_value=True):
+        program = jax.make_jaxpr(fn)(x)
+    jax.clear_caches()
+    return lambda x: jax.extend.core.jaxpr_as_fun(program)(x)[0]
 
 
 def in_parts(x):
@@ -64,6 +76,13 @@ def run():
                 "naive with norms": recycled(naive_with_norms, x, outputs=naive_with_norms(x)),
             }
             yield row(f"rms_normalize(x), {name}", interleaved(calls, repeats=21))
+            for what, fn, like in [
+                ("rms(x, axis=-1)", lambda x: rmsjax.rms(x, -1), naive_row_rms(x)),
+                ("rms_normalize(x)", lambda x: rmsjax.rms_normalize(x), x),
+            ]:
+                variants = {"without it": without_guard(fn, x), "rmsjax": fn}
+                calls = {name: recycled(variant, x, outputs=like) for name, variant in variants.items()}
+                yield row(f"the guard of {what}, {name}", interleaved(calls, repeats=51))
     yield row("compiling rms", compile_times({"rmsjax": rmsjax.rms, "naive": naive_rms}, jnp.ones(1000)), "s")
     layers = {"rmsjax": deep(rmsjax.nnx.RMSNorm), "flax": deep(nnx.RMSNorm)}
     yield row("compiling the gradient of 24 norm layers", compile_times(layers, jnp.ones((4, 64))), "s")
@@ -85,7 +104,12 @@ def deep(norm):
 
 def compile_times(functions, x):
     """Median seconds of five rounds."""
-    rounds = [{name: compile_time(fn, x)[0] for name, fn in functions.items()} for _ in range(5)]
+
+    def seconds(fn):
+        jax.clear_caches()
+        return compile_time(jax.jit(fn), x)[0]
+
+    rounds = [{name: seconds(fn) for name, fn in functions.items()} for _ in range(5)]
     return {name: statistics.median(seconds[name] for seconds in rounds) for name in functions}
 
 
@@ -96,4 +120,4 @@ def import_time():
     (last,) = {re.split(r"\|\s*", each[-1])[-1] for each in lines}
     assert last == "rmsjax", last
     times = [int(each[-1].split("|")[1]) / 1e3 for each in lines]  # cumulative, so with all that rmsjax imports
-    yield Row("`import rmsjax` after `import jax`, ms", f"{statistics.median(times):.3g}", "", "")
+    yield row("`import rmsjax` after `import jax`", {"rmsjax": statistics.median(times)})

@@ -38,11 +38,10 @@ def recycled(fn: Callable[..., Any], *args: Any, outputs: Any) -> Callable[[], A
     return call
 
 
-def compile_time(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """Seconds to trace, lower and compile, and the compiled program."""
-    jax.clear_caches()
+def compile_time(jitted: Any, *args: Any) -> tuple[float, Any]:
+    """Seconds to trace, lower and compile a jitted function, and the compiled program; a call uses that too."""
     start = time.perf_counter()
-    compiled = jax.jit(fn).lower(*args).compile()
+    compiled = jitted.lower(*args).compile()
     return time.perf_counter() - start, compiled
 
 
@@ -61,15 +60,16 @@ class Row(NamedTuple):
 
 
 def row(what: str, values: Mapping[str, float], unit: str = "ms", *, floor: str = "") -> Row:
-    """Values of which less is better; those of the others in one cell, and the gain over the best of them.
+    """Values of which less is better; those of the others in one cell, and the gain over the best of them, if any.
 
     floor: the name of one that does no more than read and write as much, which is shown, and is no competitor.
     """
     others = {name: value for name, value in values.items() if name != "rmsjax"}
     shown = ", ".join(f"{name} {value:.3g}" for name, value in others.items())
-    best = min(value for name, value in others.items() if name != floor)
-    gain = best / values["rmsjax"]
-    return Row(f"{what}, {unit}", f"{values['rmsjax']:.3g}", shown, f"{gain:.2f}x" if gain < 100 else f"{gain:.0f}x")
+    competitors = [value for name, value in others.items() if name != floor]
+    gain = min(competitors) / values["rmsjax"] if competitors else None
+    factor = "" if gain is None else f"{gain:.2f}x" if gain < 100 else f"{gain:.0f}x"
+    return Row(f"{what}, {unit}", f"{values['rmsjax']:.3g}", shown, factor)
 
 
 def table(rows: Iterable[Row]) -> str:
