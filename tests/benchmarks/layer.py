@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import rmsjax
-from tests.benchmarks.timing import interleaved, recycled, row, temporary
+from tests.benchmarks.timing import interleaved, memory_for, recycled, row, temporary
 
 SHAPES = [(8, 512, 768), (4, 1024, 4096), (65536, 128)]
 
@@ -51,13 +51,14 @@ def run():
             x = jax.random.normal(jax.random.key(0), shape, dtype)
             ct, scale = x + 1, jnp.ones(shape[-1])
             forward, warm, cold, memory = {}, {}, {}, {}
+            output, outputs = memory_for(x), memory_for(x, x, scale)
             for name, fn in layers(shape[-1]).items():
                 both = forward_and_backward(fn)
-                forward[name] = recycled(fn, x, scale, outputs=x)
-                warm[name] = recycled(both, x, scale, ct, outputs=(x, x, scale))
+                forward[name] = recycled(fn, x, scale, kept=output)
+                warm[name] = recycled(both, x, scale, ct, kept=outputs)
                 cold[name] = partial(jax.jit(both), x, scale, ct)
                 memory[name] = temporary(jax.jit(both).lower(x, scale, ct).compile())
-            warm["copies"] = recycled(copies, x, ct, outputs=(x, x))
+            warm["copies"] = recycled(copies, x, ct, kept=memory_for(x, x))
             cold["copies"] = partial(jax.jit(copies), x, ct)
             name = f"RMSNorm {shape} {dtype.__name__}"
             yield row(f"{name}, forward", interleaved(forward))

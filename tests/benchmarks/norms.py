@@ -14,7 +14,7 @@ from flax import nnx
 
 import rmsjax
 from rmsjax import _reduce
-from tests.benchmarks.timing import compile_time, interleaved, recycled, row
+from tests.benchmarks.timing import compile_time, interleaved, memory_for, recycled, row
 
 
 def naive_rms(x):
@@ -70,10 +70,11 @@ def run():
             x = jax.random.normal(jax.random.key(0), shape, dtype)
             name = f"{shape} {dtype.__name__}"
             yield against_naive(f"rms(x, axis=-1), {name}", lambda x: rmsjax.rms(x, -1), naive_row_rms, x)
+            output = memory_for(x)
             calls = {
-                "rmsjax": recycled(rmsjax.rms_normalize, x, outputs=x),
-                "naive": recycled(naive_normalize, x, outputs=x),
-                "naive with norms": recycled(naive_with_norms, x, outputs=naive_with_norms(x)),
+                "rmsjax": recycled(rmsjax.rms_normalize, x, kept=output),
+                "naive": recycled(naive_normalize, x, kept=output),
+                "naive with norms": recycled(naive_with_norms, x, kept=memory_for(*naive_with_norms(x))),
             }
             yield row(f"rms_normalize(x), {name}", interleaved(calls, repeats=21))
             for what, fn, like in [
@@ -81,7 +82,8 @@ def run():
                 ("rms_normalize(x)", lambda x: rmsjax.rms_normalize(x), x),
             ]:
                 variants = {"without it": without_guard(fn, x), "rmsjax": fn}
-                calls = {name: recycled(variant, x, outputs=like) for name, variant in variants.items()}
+                output = memory_for(like)
+                calls = {kind: recycled(variant, x, kept=output) for kind, variant in variants.items()}
                 yield row(f"the guard of {what}, {name}", interleaved(calls, repeats=51))
     yield row("compiling rms", compile_times({"rmsjax": rmsjax.rms, "naive": naive_rms}, jnp.ones(1000)), "s")
     layers = {"rmsjax": deep(rmsjax.nnx.RMSNorm), "flax": deep(nnx.RMSNorm)}
