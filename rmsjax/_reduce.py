@@ -313,10 +313,10 @@ def bundles(leaves: Sequence[Array], positions: Sequence[int]) -> tuple[tuple[in
 
 
 def join(leaves: Sequence[Array], *, one_pool: bool) -> Array:
-    """Leaves of one dtype as the rows of one matrix; a single one that jit may split in its shape.
+    """Leaves of one dtype as one matrix; a single one that jit may split in its shape.
 
-    Rows of several sizes are filled up with zeros, or, if all belong to one pool, put one behind the other in one row:
-    that compiles two or three times as fast.
+    Each is a row; those of several sizes are filled up with zeros, or, if all belong to one pool, put one behind the
+    other in a single row, which compiles two or three times as fast.
     """
     if len(leaves) == 1 and _may_be_partitioned(leaves[0]):
         return lax.expand_dims(leaves[0], (0,))
@@ -327,11 +327,11 @@ def join(leaves: Sequence[Array], *, one_pool: bool) -> Array:
     return lax.concatenate([r if r.size == width else jnp.pad(r, ((0, 0), (0, width - r.size))) for r in rows], 0)
 
 
-def part(rows: Array, leaves: Sequence[Array]) -> list[Array]:
+def part(joint: Array, leaves: Sequence[Array]) -> list[Array]:
     """What `join` made of several leaves taken apart again, in the shapes of these."""
-    one_behind_the_other = rows.shape[0] == 1
+    one_behind_the_other = joint.shape[0] == 1
     sizes = [leaf.size for leaf in leaves]
-    pieces = lax.split(rows, sizes, 1) if one_behind_the_other else lax.split(rows, [1] * len(leaves))
+    pieces = lax.split(joint, sizes, 1) if one_behind_the_other else lax.split(joint, [1] * len(leaves))
     return [
         (piece if piece.size == size else piece[:, :size]).reshape(leaf.shape)
         for piece, size, leaf in zip(pieces, sizes, leaves, strict=True)

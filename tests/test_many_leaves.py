@@ -14,7 +14,7 @@ from tests.oracle import in_double, true_rms
 pytestmark = pytest.mark.usefixtures("one_device", "quick_compiles")
 
 RNG = np.random.default_rng(0)
-# Joints of one leaf and of several, alike and filled up, and more than one joint: of tiny leaves, and of larger ones.
+# Joints of one leaf and of several, alike and not, and more than one joint: of tiny leaves, and of larger ones.
 SHAPES = [(), (1,), (5,), (3, 3), *[(8, 8)] * 19, (50,), *[(70,)] * 33, (100,), (4096,), (70, 80), (0, 3)]
 DTYPES = ["float32", "bfloat16", "float16", "complex64"]
 
@@ -75,22 +75,41 @@ def test_derivatives():
     gradient = jnp.concatenate([leaf.ravel() for leaf in jax.grad(rmsjax.tree_rms)(leaves)])
     np.testing.assert_allclose(gradient, jax.grad(rmsjax.rms)(whole), rtol=1e-5, atol=1e-9)
 
-    def clip_of(x):
-        return clipped("global", x, 0.5)[0]
 
-    updates, changes = jax.jvp(clip_of, (leaves,), (tangents,))
-    want, want_changes = jax.jvp(clip_of, (whole,), (along,))
-    for got, expected in ((updates, want), (changes, want_changes)):
-        # Terms of about 1 cancel in a change, and each is rounded to 6e-8.
-        np.testing.assert_allclose(jnp.concatenate([leaf.ravel() for leaf in got]), expected, rtol=1e-5, atol=3e-7)
+@pytest.mark.parametrize("scope", ["global", pytest.param("block", marks=pytest.mark.once)])
+def test_derivatives_of_the_clip(scope):
+    """In both modes those of the same clip of one array, or of one array after the other."""
+    leaves = [jnp.asarray(RNG.normal(size=s), jnp.float32) for s in SHAPES]
+    tangents = [jnp.sin(leaf) for leaf in leaves]
+
+    def flat(tree):
+        return jnp.concatenate([leaf.ravel() for leaf in tree])
+
+    def joined(leaves):
+        return flat(clipped(scope, leaves, 0.5)[0])
+
+    def apart(leaves):
+        return clipped("global", flat(leaves), 0.5)[0] if scope == "global" else flat(
+            [clipped("global", leaf, 0.5)[0] for leaf in leaves]
+        )  # fmt: skip
+
+    # Terms of about 1 cancel in a change, and each is rounded to 6e-8.
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-7)
+    for got, want in zip(*(jax.jit(partial(jax.jvp, f))((leaves,), (tangents,)) for f in (joined, apart)), strict=True):
+        close(got, want)
+    got, want = (jax.jit(jax.grad(lambda x, f=f: f(x) @ jnp.sin(flat(leaves))))(leaves) for f in (joined, apart))
+    close(flat(got), flat(want))
 
 
-def test_under_vmap():
+@pytest.mark.parametrize("scope", [pytest.param("global", marks=pytest.mark.once), "block"])
+def test_under_vmap(scope):
     leaves = [jnp.asarray(RNG.normal(size=(3, *s)), jnp.float32) for s in SHAPES]
-    got, state = jax.jit(jax.vmap(lambda x: clipped("block", x, 0.5)))(leaves)
+    got, state = jax.jit(jax.vmap(lambda x: clipped(scope, x, 0.5)))(leaves)
     for k in range(3):
-        want, want_state = clipped("block", [leaf[k] for leaf in leaves], 0.5)
-        np.testing.assert_allclose([norm[k] for norm in state.rms], want_state.rms, rtol=1e-6)
+        want, want_state = clipped(scope, [leaf[k] for leaf in leaves], 0.5)
+        np.testing.assert_allclose(
+            [norm[k] for norm in jax.tree.leaves(state.rms)], jax.tree.leaves(want_state.rms), rtol=1e-6
+        )
         for g, w in zip(got, want, strict=True):
             np.testing.assert_allclose(g[k], w, rtol=1e-6)
 
@@ -123,9 +142,12 @@ def test_few_reductions(scope):
 
 def test_leaves_of_several_sizes_are_filled_up_only_to_be_measured_apart():
     leaves = [jnp.ones(size) for size in range(70, 100)]
-    assert "pad" not in operations(rmsjax.tree_rms, leaves)
-    assert "pad" not in operations(lambda leaves: clipped("global", leaves, 1.0), leaves)
-    assert operations(partial(rmsjax.tree_rms, scope="block"), leaves)["pad"] == len(leaves) - 1
+    for f in (rmsjax.tree_rms, lambda leaves: clipped("global", leaves, 1.0)):
+        found = operations(f, leaves)
+        assert "pad" not in found
+        assert found["reduce_sum"] == 4  # of squares and of joints, naive and rescaled
+    found = operations(partial(rmsjax.tree_rms, scope="block"), leaves)
+    assert (found["pad"], found["reduce_sum"]) == (len(leaves) - 1, 2)
 
 
 def test_the_sums_of_joints_are_not_added_one_by_one():

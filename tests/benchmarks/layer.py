@@ -56,8 +56,9 @@ def run():
                 both = forward_and_backward(fn)
                 forward[name] = recycled(fn, x, scale, kept=output)
                 warm[name] = recycled(both, x, scale, ct, kept=outputs)
-                cold[name] = partial(jax.jit(both), x, scale, ct)
-                memory[name] = temporary(jax.jit(both).lower(x, scale, ct).compile())
+                jitted = jax.jit(both)
+                cold[name] = partial(jitted, x, scale, ct)
+                memory[name] = temporary(jitted.lower(x, scale, ct).compile())
             warm["copies"] = recycled(copies, x, ct, kept=memory_for(x, x))
             cold["copies"] = partial(jax.jit(copies), x, ct)
             name = f"RMSNorm {shape} {dtype.__name__}"

@@ -107,11 +107,11 @@ def deep(norm):
 def compile_times(functions, x):
     """Median seconds of five rounds."""
 
-    def seconds(fn):
+    def compiled_anew(fn):
         jax.clear_caches()
-        return compile_time(jax.jit(fn), x)[0]
+        return compile_time(jax.jit(fn), x)
 
-    rounds = [{name: seconds(fn) for name, fn in functions.items()} for _ in range(5)]
+    rounds = [{name: compiled_anew(fn) for name, fn in functions.items()} for _ in range(5)]
     return {name: statistics.median(seconds[name] for seconds in rounds) for name in functions}
 
 

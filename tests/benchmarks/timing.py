@@ -47,11 +47,11 @@ def memory_for(*outputs: Any) -> list[Any]:
     return [jax.tree.map(lambda x: x + 0, like)]
 
 
-def compile_time(jitted: Any, *args: Any) -> tuple[float, Any]:
-    """Seconds to trace, lower and compile a jitted function, and the compiled program; a call uses that too."""
+def compile_time(jitted: Any, *args: Any) -> float:
+    """Seconds to trace, lower and compile a jitted function; its calls use the program."""
     start = time.perf_counter()
-    compiled = jitted.lower(*args).compile()
-    return time.perf_counter() - start, compiled
+    jitted.lower(*args).compile()
+    return time.perf_counter() - start
 
 
 def temporary(compiled: Any) -> float:
