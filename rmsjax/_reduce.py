@@ -287,29 +287,42 @@ def _may_be_partitioned(x: Array) -> bool:
 # -------------------------------------------------------------------------------------------------- many small leaves
 
 # XLA:CPU compiles a kernel for each reduction, and that, not the reading of memory, is the cost of a tree of many small
-# leaves. So leaves up to this size are joined, this many at a time; joints of more take longer to compile than they
-# save, above all of tiny ones, whose copies LLVM writes out. Kernels that are alike are compiled once, hence leaves are
-# joined with others of their size.
-_SMALL, _GROUP, _TINY, _TINY_GROUP = 4096, 32, 64, 16
+# leaves. So leaves up to this size are joined, this many of one size at a time; joints of more take longer to compile
+# than they save, above all of tiny ones, whose copies LLVM writes out. What is left of all sizes can be joined by more.
+_SMALL, _GROUP, _TINY, _TINY_GROUP, _MIXED_GROUP = 4096, 32, 64, 16, 128
 
 
-def bundles(leaves: Sequence[Array], positions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Which leaves to handle together: large ones alone, small ones with others of their dtype and about their size."""
+def bundles(leaves: Sequence[Array], positions: Sequence[int], *, one_pool: bool) -> tuple[tuple[int, ...], ...]:
+    """Which leaves to handle together: large ones alone, small ones with others of their dtype.
+
+    Those of one pool with others of their size, and what is left with what else is left; those of several pools, which
+    `join` fills up, with others of about their size.
+    """
     alone: list[tuple[int, ...]] = []
     joint: list[tuple[int, ...]] = []
     alike: dict[Any, list[int]] = {}
+    left: dict[Any, list[int]] = {}
+
+    def joined(group: list[int], count: int) -> list[tuple[int, ...]]:
+        by_size = sorted(group, key=lambda i: leaves[i].size)
+        return [tuple(by_size[k : k + count]) for k in range(0, len(group), count)]
+
     for i in positions:
         leaf = leaves[i]
         if leaf.size > _SMALL or _may_be_partitioned(leaf):
             alone.append((i,))
         else:
-            kind = (leaf.dtype, (leaf.size - 1).bit_length(), _varying(leaf))  # up to a power of two
-            alike.setdefault(kind, []).append(i)
-    for group in alike.values():
-        by_size = sorted(group, key=lambda i: leaves[i].size)
-        count = _TINY_GROUP if leaves[by_size[-1]].size <= _TINY else _GROUP
-        joint += (tuple(by_size[k : k + count]) for k in range(0, len(group), count))
-    return (*alone, *joint)
+            size = leaf.size if one_pool else (leaf.size - 1).bit_length()  # up to a power of two
+            alike.setdefault((leaf.dtype, _varying(leaf), size), []).append(i)
+    for (*kind, _), group in alike.items():
+        count = _TINY_GROUP if max(leaves[i].size for i in group) <= _TINY else _GROUP
+        *whole, last = joined(group, count)
+        joint += whole
+        if one_pool and len(last) < count:
+            left.setdefault(tuple(kind), []).extend(last)
+        else:
+            joint.append(last)
+    return (*alone, *joint, *(bundle for group in left.values() for bundle in joined(group, _MIXED_GROUP)))
 
 
 def join(leaves: Sequence[Array], *, one_pool: bool) -> Array:
@@ -327,15 +340,14 @@ def join(leaves: Sequence[Array], *, one_pool: bool) -> Array:
     return lax.concatenate([r if r.size == width else jnp.pad(r, ((0, 0), (0, width - r.size))) for r in rows], 0)
 
 
-def part(joint: Array, leaves: Sequence[Array]) -> list[Array]:
-    """What `join` made of several leaves taken apart again, in the shapes of these."""
-    one_behind_the_other = joint.shape[0] == 1
-    sizes = [leaf.size for leaf in leaves]
-    pieces = lax.split(joint, sizes, 1) if one_behind_the_other else lax.split(joint, [1] * len(leaves))
-    return [
-        (piece if piece.size == size else piece[:, :size]).reshape(leaf.shape)
-        for piece, size, leaf in zip(pieces, sizes, leaves, strict=True)
-    ]
+def are_tiny_and_alike(leaves: Sequence[Array]) -> bool:
+    """Whether to join leaves also for what is done to each element: to take larger ones apart again costs too much."""
+    return len(leaves) > 1 and len({leaf.size for leaf in leaves}) == 1 and leaves[0].size <= _TINY
+
+
+def part(rows: Array, leaves: Sequence[Array]) -> list[Array]:
+    """The rows of what `join` made of leaves of one size, in the shapes of these."""
+    return [row.reshape(leaf.shape) for row, leaf in zip(lax.split(rows, [1] * len(leaves)), leaves, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sums
@@ -457,9 +469,9 @@ def make_plan(
         ]
         return float(max(1, sum(math.prod(s) * over[i].shards() for i, s in zip(pool.members, shapes, strict=True))))
 
-    def bundled(positions: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    def bundled(positions: Sequence[int], *, one_pool: bool) -> tuple[tuple[int, ...], ...]:
         by_way = [[i for i in positions if over[i] == way and leaves[i].size] for way in dict.fromkeys(over)]
-        return tuple(bundle for positions in by_way for bundle in bundles(leaves, positions))
+        return tuple(bundle for positions in by_way for bundle in bundles(leaves, positions, one_pool=one_pool))
 
     slots: list[Slot] = []
     single: dict[int, int] = {}  # from a leaf to the pool that has nothing else
@@ -469,8 +481,10 @@ def make_plan(
         elif len(pool.members) == 1 and leaves[pool.members[0]].size:
             single[pool.members[0]] = p
         else:
-            slots.append(Slot((p,), None, bundled(pool.members)))
-    slots += [Slot(tuple(single[i] for i in bundle), None, (bundle,)) for bundle in bundled(list(single))]
+            slots.append(Slot((p,), None, bundled(pool.members, one_pool=True)))
+    slots += [
+        Slot(tuple(single[i] for i in bundle), None, (bundle,)) for bundle in bundled(list(single), one_pool=False)
+    ]
     dtype = accumulator_dtype(result_dtype, *(leaf.dtype for leaf in leaves))
     return Plan(tuple(slots), epsilon, dtype, over, tuple(map(size, pools)))
 

@@ -23,6 +23,7 @@ from rmsjax._reduce import (
     PerPool,
     Pool,
     accumulator_dtype,
+    are_tiny_and_alike,
     divide4,
     in_order,
     join,
@@ -260,7 +261,7 @@ def _rescale_linear(leaves: Sequence[Array], roots: PerPool, targets: PerPool) -
 
 
 def _elementwise(f: Callable[..., Array], leaves: Sequence[Array], *of_pools: PerPool) -> list[Array]:
-    """f(leaf, entries of its pool), of a function of the elements; of small leaves together."""
+    """f(leaf, entries of its pool), of a function of the elements; of tiny leaves of one size together."""
     found = list(leaves)
     for k, slot in enumerate(of_pools[0].slots):
         values = [per_pool.values[k] for per_pool in of_pools]
@@ -268,10 +269,11 @@ def _elementwise(f: Callable[..., Array], leaves: Sequence[Array], *of_pools: Pe
             members = [leaves[i] for i in bundle]
             if slot.axes is not None:
                 results = [f(members[0], *values)]
-            elif len(bundle) == 1:
-                results = [f(members[0], *(v[0] for v in values))]
-            else:
+            elif are_tiny_and_alike(members):
                 results = part(f(join(members, one_pool=slot.is_one_pool), *(v[:, None] for v in values)), members)
+            else:
+                each = [[v[0]] * len(members) if slot.is_one_pool else jnp.unstack(v) for v in values]
+                results = [f(*of_leaf) for of_leaf in zip(members, *each, strict=True)]
             for i, result in zip(bundle, results, strict=True):
                 found[i] = result
     return found

@@ -79,7 +79,9 @@ def test_derivatives():
 @pytest.mark.parametrize("scope", ["global", pytest.param("block", marks=pytest.mark.once)])
 def test_derivatives_of_the_clip(scope):
     """In both modes those of the same clip of one array, or of one array after the other."""
-    leaves = [jnp.asarray(RNG.normal(size=s), jnp.float32) for s in SHAPES]
+    leaves = [
+        jnp.asarray(RNG.normal(size=s), jnp.float32) for s in SHAPES[3::4]
+    ]  # joints alike and not, and a large one
     tangents = [jnp.sin(leaf) for leaf in leaves]
 
     def flat(tree):

@@ -1,4 +1,4 @@
-"""RMSNorm, forward and backward, against Flax and Equinox."""
+"""RMSNorm, forward and backward, against Flax, Equinox and PyTorch."""
 
 from functools import partial
 
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import rmsjax
+from tests.benchmarks import torch_peer
 from tests.benchmarks.timing import interleaved, memory_for, recycled, row, temporary
 
 SHAPES = [(8, 512, 768), (4, 1024, 4096), (65536, 128)]
@@ -59,6 +60,7 @@ def run():
                 jitted = jax.jit(both)
                 cold[name] = partial(jitted, x, scale, ct)
                 memory[name] = temporary(jitted.lower(x, scale, ct).compile())
+            cold |= torch_peer.forward_and_backward(x, scale, ct)
             warm["copies"] = recycled(copies, x, ct, kept=memory_for(x, x))
             cold["copies"] = partial(jax.jit(copies), x, ct)
             name = f"RMSNorm {shape} {dtype.__name__}"

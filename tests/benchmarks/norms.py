@@ -10,11 +10,12 @@ from unittest import mock
 import jax
 import jax.extend
 import jax.numpy as jnp
+import lineax.internal
 from flax import nnx
 
 import rmsjax
 from rmsjax import _reduce
-from tests.benchmarks.timing import compile_time, interleaved, memory_for, recycled, row
+from tests.benchmarks.timing import compile_time, interleaved, memory_for, recycled, row, trace_time
 
 
 def naive_rms(x):
@@ -58,7 +59,9 @@ def in_parts(x):
 def run():
     for power in (6, 10, 17, 20, 24, 27):
         x = jax.random.normal(jax.random.key(0), (2**power,))
-        yield against_naive(f"rms(x), 2^{power} float32", rmsjax.rms, naive_rms, x)
+        calls = {"rmsjax": rmsjax.rms, "naive": naive_rms, "lineax": lineax.internal.rms_norm}
+        calls = {name: partial(jax.jit(fn), x) for name, fn in calls.items()}
+        yield row(f"rms(x), 2^{power} float32", interleaved(calls, repeats=21))
     x = jax.random.normal(jax.random.key(0), (2**24,))
     yield against_naive("rms(x * 2), 2^24", lambda x: rmsjax.rms(x * 2), lambda x: naive_rms(x * 2), x)
     yield against_naive("the same in 32 parts", in_parts, lambda x: naive_rms(x * 2), x)
@@ -85,9 +88,11 @@ def run():
                 output = memory_for(like)
                 calls = {kind: recycled(variant, x, kept=output) for kind, variant in variants.items()}
                 yield row(f"the guard of {what}, {name}", interleaved(calls, repeats=51))
-    yield row("compiling rms", compile_times({"rmsjax": rmsjax.rms, "naive": naive_rms}, jnp.ones(1000)), "s")
+    alone = {"rmsjax": rmsjax.rms, "naive": naive_rms}
+    yield row("tracing rms", anew(trace_time, alone, jnp.ones(1000)), "s")
+    yield row("compiling rms", anew(compile_time, alone, jnp.ones(1000)), "s")
     layers = {"rmsjax": deep(rmsjax.nnx.RMSNorm), "flax": deep(nnx.RMSNorm)}
-    yield row("compiling the gradient of 24 norm layers", compile_times(layers, jnp.ones((4, 64))), "s")
+    yield row("compiling the gradient of 24 norm layers", anew(compile_time, layers, jnp.ones((4, 64))), "s")
     yield against_naive("calling rms, jitted, of 64 numbers", rmsjax.rms, naive_rms, jnp.ones(64), repeats=201)
 
 
@@ -104,15 +109,15 @@ def deep(norm):
     return lambda x: jax.grad(lambda state: loss(nnx.merge(graph, state), x))(state)
 
 
-def compile_times(functions, x):
-    """Median seconds of five rounds."""
+def anew(stage, functions, x):
+    """The median time of a stage of five rounds, with nothing in JAX's caches."""
 
-    def compiled_anew(fn):
+    def once(fn):
         jax.clear_caches()
-        return compile_time(jax.jit(fn), x)
+        return stage(jax.jit(fn), x)
 
-    rounds = [{name: compiled_anew(fn) for name, fn in functions.items()} for _ in range(5)]
-    return {name: statistics.median(seconds[name] for seconds in rounds) for name in functions}
+    rounds = [{name: once(fn) for name, fn in functions.items()} for _ in range(5)]
+    return {name: statistics.median(times[name] for times in rounds) for name in functions}
 
 
 def import_time():

@@ -54,6 +54,13 @@ def compile_time(jitted: Any, *args: Any) -> float:
     return time.perf_counter() - start
 
 
+def trace_time(jitted: Any, *args: Any) -> float:
+    """Seconds to trace a jitted function."""
+    start = time.perf_counter()
+    jitted.trace(*args)
+    return time.perf_counter() - start
+
+
 def temporary(compiled: Any) -> float:
     """The temporary memory of a compiled program in MB."""
     return compiled.memory_analysis().temp_size_in_bytes / 1e6

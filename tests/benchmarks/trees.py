@@ -1,4 +1,4 @@
-"""Norm and clip of trees against optax: many small leaves, and those of GPT-2."""
+"""Norm and clip of trees against optax and PyTorch: many small leaves, and those of GPT-2."""
 
 from functools import partial
 
@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 import rmsjax
+from tests.benchmarks import torch_peer
 from tests.benchmarks.timing import compile_time, interleaved, row
 
 
@@ -57,7 +58,9 @@ def optax_clip(tx):
 def many_leaves():
     norms = {"rmsjax": rmsjax.tree_rms, "optax": optax.tree.norm}
     small = leaves_of([(64,)] * 2000)
-    yield from compiled_and_run("norm of 2,000 leaves of 64", norms, small)
+    for count in (500, 2000):
+        leaves = dict(list(small.items())[:count])
+        yield from compiled_and_run(f"norm of {count:,} leaves of 64", norms, leaves, torch_peer.norm(leaves))
     yield from compiled_and_run("norm of 1,000 leaves of ten shapes", norms, leaves_of(mixed(1000)))
     yield from compiled_and_run("norm of 1,000 leaves of all sizes to 2^16", norms, leaves_of(of_all_sizes(1000)))
     only_ours = {"rmsjax": rmsjax.tree_rms}  # optax takes more than a quarter of an hour to compile
@@ -68,18 +71,19 @@ def many_leaves():
     )
 
 
-def compiled_and_run(what, fns, tree):
-    """Rows for each function of rmsjax against those of optax: seconds to compile, and milliseconds to run.
+def compiled_and_run(what, fns, tree, eager=None):
+    """Rows for each function of rmsjax against those of peers: seconds to compile, and milliseconds to run.
 
     Ours are compiled first, so that optax gains if any of what JAX has cached serves both.
     """
     jax.clear_caches()
     jitted = {name: jax.jit(fn) for name, fn in fns.items()}
-    yield from against_optax(f"{what}, to compile", {name: compile_time(f, tree) for name, f in jitted.items()}, "s")
-    yield from against_optax(what, interleaved({name: partial(f, tree) for name, f in jitted.items()}, repeats=51))
+    yield from against_peers(f"{what}, to compile", {name: compile_time(f, tree) for name, f in jitted.items()}, "s")
+    calls = {name: partial(f, tree) for name, f in jitted.items()} | (eager or {})
+    yield from against_peers(what, interleaved(calls, repeats=51))
 
 
-def against_optax(what, values, unit="ms"):
+def against_peers(what, values, unit="ms"):
     theirs = {name: value for name, value in values.items() if "rmsjax" not in name}
     for name in [name for name in values if name not in theirs]:
         scope = name.removeprefix("rmsjax").replace(" ", ", ")
@@ -94,6 +98,7 @@ def large_leaves():
         "rmsjax": partial(jax.jit(rmsjax.tree_rms), tree),
         "optax": partial(jax.jit(optax.tree.norm), tree),
         "reading as much": partial(jax.jit(lambda x: jnp.sum(jnp.square(x))), flat),
+        **torch_peer.norm(tree),
     }
     yield row("norm of GPT-2 small, 124M float32", interleaved(norms), floor="reading as much")
     del flat, norms
@@ -108,9 +113,11 @@ def large_leaves():
     for kind, limit, falling in [("too small to clip", 1.0, 1.0), ("clipped", 9e-4, 0.97)]:
         for donate in (True, False):
             calls = {name: clipping(fn, tree, limit, falling, donate=donate) for name, fn in fns.items()}
+            if donate:
+                calls |= torch_peer.clip(tree, limit * size, falling)
             times = interleaved(calls, repeats=7)
             del calls
-            yield from against_optax(f"clip of GPT-2 small, {kind}, {'donated' if donate else 'new memory'}", times)
+            yield from against_peers(f"clip of GPT-2 small, {kind}, {'donated' if donate else 'new memory'}", times)
 
 
 def clipping(fn, tree, limit, falling, *, donate):
