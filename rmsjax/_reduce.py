@@ -316,13 +316,14 @@ def bundles(leaves: Sequence[Array], positions: Sequence[int], *, one_pool: bool
             alike.setdefault((leaf.dtype, _varying(leaf), size), []).append(i)
     for (*kind, _), group in alike.items():
         count = _TINY_GROUP if max(leaves[i].size for i in group) <= _TINY else _GROUP
-        *whole, last = joined(group, count)
-        joint += whole
-        if one_pool and len(last) < count:
-            left.setdefault(tuple(kind), []).extend(last)
-        else:
-            joint.append(last)
-    return (*alone, *joint, *(bundle for group in left.values() for bundle in joined(group, _MIXED_GROUP)))
+        for bundle in joined(group, count):
+            if one_pool and len(bundle) < count:
+                left.setdefault(tuple(kind), []).extend(bundle)
+            else:
+                joint.append(bundle)
+    for group in left.values():
+        joint += joined(group, _MIXED_GROUP)
+    return (*alone, *joint)
 
 
 def join(leaves: Sequence[Array], *, one_pool: bool) -> Array:

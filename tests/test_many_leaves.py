@@ -79,9 +79,8 @@ def test_derivatives():
 @pytest.mark.parametrize("scope", ["global", pytest.param("block", marks=pytest.mark.once)])
 def test_derivatives_of_the_clip(scope):
     """In both modes those of the same clip of one array, or of one array after the other."""
-    leaves = [
-        jnp.asarray(RNG.normal(size=s), jnp.float32) for s in SHAPES[3::4]
-    ]  # joints alike and not, and a large one
+    some = SHAPES[3::4]  # in joints of one size and of several, and a large one
+    leaves = [jnp.asarray(RNG.normal(size=s), jnp.float32) for s in some]
     tangents = [jnp.sin(leaf) for leaf in leaves]
 
     def flat(tree):
@@ -91,9 +90,8 @@ def test_derivatives_of_the_clip(scope):
         return flat(clipped(scope, leaves, 0.5)[0])
 
     def apart(leaves):
-        return clipped("global", flat(leaves), 0.5)[0] if scope == "global" else flat(
-            [clipped("global", leaf, 0.5)[0] for leaf in leaves]
-        )  # fmt: skip
+        arrays = [flat(leaves)] if scope == "global" else leaves
+        return flat([clipped("global", array, 0.5)[0] for array in arrays])
 
     # Terms of about 1 cancel in a change, and each is rounded to 6e-8.
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-7)

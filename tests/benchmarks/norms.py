@@ -37,8 +37,8 @@ def naive_normalize(x):
     return naive_with_norms(x)[0]
 
 
-def against_naive(what, ours, naive, *args, repeats=21):
-    calls = {"rmsjax": ours, "naive": naive}
+def against_naive(what, ours, naive, *args, repeats=21, **others):
+    calls = {"rmsjax": ours, "naive": naive, **others}
     return row(what, interleaved({name: partial(jax.jit(fn), *args) for name, fn in calls.items()}, repeats=repeats))
 
 
@@ -59,9 +59,7 @@ def in_parts(x):
 def run():
     for power in (6, 10, 17, 20, 24, 27):
         x = jax.random.normal(jax.random.key(0), (2**power,))
-        calls = {"rmsjax": rmsjax.rms, "naive": naive_rms, "lineax": lineax.internal.rms_norm}
-        calls = {name: partial(jax.jit(fn), x) for name, fn in calls.items()}
-        yield row(f"rms(x), 2^{power} float32", interleaved(calls, repeats=21))
+        yield against_naive(f"rms(x), 2^{power} float32", rmsjax.rms, naive_rms, x, lineax=lineax.internal.rms_norm)
     x = jax.random.normal(jax.random.key(0), (2**24,))
     yield against_naive("rms(x * 2), 2^24", lambda x: rmsjax.rms(x * 2), lambda x: naive_rms(x * 2), x)
     yield against_naive("the same in 32 parts", in_parts, lambda x: naive_rms(x * 2), x)
@@ -82,7 +80,7 @@ def run():
             yield row(f"rms_normalize(x), {name}", interleaved(calls, repeats=21))
             for what, fn, like in [
                 ("rms(x, axis=-1)", lambda x: rmsjax.rms(x, -1), naive_row_rms(x)),
-                ("rms_normalize(x)", lambda x: rmsjax.rms_normalize(x), x),
+                ("rms_normalize(x)", rmsjax.rms_normalize, x),
             ]:
                 variants = {"without it": without_guard(fn, x), "rmsjax": fn}
                 output = memory_for(like)

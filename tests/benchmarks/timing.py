@@ -15,9 +15,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], *, repeats: int = 11, wa
     for _ in range(warm_up + repeats):
         order = order[1:] + order[:1]  # nobody always comes after the same one, and finds the memory as that left it
         for name, call in order:
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append(_seconds(call) * 1e3)
     return {name: statistics.median(values[warm_up:]) for name, values in times.items()}
 
 
@@ -49,15 +47,17 @@ def memory_for(*outputs: Any) -> list[Any]:
 
 def compile_time(jitted: Any, *args: Any) -> float:
     """Seconds to trace, lower and compile a jitted function; its calls use the program."""
-    start = time.perf_counter()
-    jitted.lower(*args).compile()
-    return time.perf_counter() - start
+    return _seconds(lambda: jitted.lower(*args).compile())
 
 
 def trace_time(jitted: Any, *args: Any) -> float:
     """Seconds to trace a jitted function."""
+    return _seconds(lambda: jitted.trace(*args))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    jitted.trace(*args)
+    jax.block_until_ready(call())
     return time.perf_counter() - start
 
 

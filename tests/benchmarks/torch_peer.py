@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import numpy as np
 
 try:
     import torch
@@ -40,14 +39,15 @@ def clip(tree, max_norm, falling):
     """A clip by global norm in place, as torch does it; the bound falls from call to call."""
     if torch is None:
         return {}
-    params = [torch.nn.Parameter(torch.empty_like(leaf)) for leaf in _tensors(tree)]
-    for param, leaf in zip(params, _tensors(tree), strict=True):
-        param.grad = leaf
-    limit = np.array(max_norm)
+    grads = _tensors(tree)
+    params = [torch.nn.Parameter(torch.empty_like(grad)) for grad in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    kept = [float(max_norm)]
 
     def call():
-        torch.nn.utils.clip_grad_norm_(params, limit.item())
-        limit[...] *= falling
+        torch.nn.utils.clip_grad_norm_(params, kept[0])
+        kept[0] *= falling
 
     return {"torch": call}
 
