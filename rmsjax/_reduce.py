@@ -121,7 +121,7 @@ def lift(x: Array, dtype: Any) -> Array:
 
 def times(x: Array, *factors: Array) -> Array:
     """The product in the dtype of x, which may be complex where the factors are real."""
-    return reduce(jnp.multiply, [factor.astype(x.dtype) for factor in factors], x)
+    return reduce(lax.mul, [factor.astype(x.dtype) for factor in factors], x)
 
 
 def in_order(x: Array, *factors: Array) -> Array:
@@ -212,16 +212,15 @@ class _Window(NamedTuple):
     normal too, so nobody has to look for the largest element or to divide by it.
     """
 
-    low: float
-    high: float
-    scale: float
+    low: np.floating[Any]
+    high: np.floating[Any]
+    scale: np.floating[Any]
 
 
 def _window(dtype: np.dtype[Any]) -> _Window:
     info = jnp.finfo(dtype)
-    return _Window(
-        float(info.tiny) / float(info.eps) ** 2, float(info.max) / 16, 2.0 ** (-5 * int(info.minexp) // 8 + 2)
-    )
+    bounds = float(info.tiny) / float(info.eps) ** 2, float(info.max) / 16, 2.0 ** (-5 * int(info.minexp) // 8 + 2)
+    return _Window(*map(dtype.type, bounds))
 
 
 def _squares_fit(dtype: Any, accumulator: np.dtype[Any]) -> bool:
@@ -327,18 +326,19 @@ def bundles(leaves: Sequence[Array], positions: Sequence[int], *, one_pool: bool
 
 
 def join(leaves: Sequence[Array], *, one_pool: bool) -> Array:
-    """Leaves of one dtype as one matrix; a single one that jit may split in its shape.
+    """Leaves of one dtype as one array; a single one that jit may split keeps its axes.
 
-    Each is a row; those of several sizes are filled up with zeros, or, if all belong to one pool, put one behind the
-    other in a single row, which compiles two or three times as fast.
+    Those of one pool are put one behind the other, in a vector. Those of several are the rows of a matrix, and filled
+    up with zeros if their sizes differ.
     """
     if len(leaves) == 1 and _may_be_partitioned(leaves[0]):
-        return lax.expand_dims(leaves[0], (0,))
+        return leaves[0]
+    vectors = [lax.reshape(leaf, (leaf.size,)) for leaf in leaves]
+    if one_pool:
+        return lax.concatenate(vectors, 0)
     width = max(leaf.size for leaf in leaves)
-    rows = [lax.reshape(leaf, (1, leaf.size)) for leaf in leaves]  # not vectors: then the joint is compiled as one loop
-    if one_pool and any(row.size < width for row in rows):
-        return lax.concatenate(rows, 1)
-    return lax.concatenate([r if r.size == width else jnp.pad(r, ((0, 0), (0, width - r.size))) for r in rows], 0)
+    vectors = [v if v.size == width else jnp.pad(v, (0, width - v.size)) for v in vectors]
+    return lax.reshape(lax.concatenate(vectors, 0), (len(leaves), width))
 
 
 def are_tiny_and_alike(leaves: Sequence[Array]) -> bool:
@@ -382,7 +382,7 @@ def _sum_squares(x: Array, axes: Sequence[int], dtype: np.dtype[Any], scale: Arr
             return lax.square(part)
         scaled = times(part, *scale)
         # The size of it: of a constant, XLA before that of jax 0.12 would make (x x)(scale scale) of a bare square.
-        return lax.square(lax.max(scaled, -scaled))
+        return lax.square(lax.max(scaled, lax.neg(scaled)))
 
     def squares(x: Array, *scale: Array) -> Array:
         return reduce(jnp.add, [square(part, *scale) for part in real_parts(x, dtype)])
@@ -412,39 +412,46 @@ def _joined(plan: Plan, leaves: Sequence[Array]) -> list[list[Array]]:
 def _sum_slot(plan: Plan, slot: Slot, arrays: Sequence[Array], scale: Array | None) -> Array:
     if slot.axes is not None:
         return plan.mapped[slot.bundles[0][0]].psum(_sum_squares(arrays[0], slot.axes, plan.dtype, scale))
-    by_row: dict[Mapped, list[Array]] = {}
-    for bundle, rows in zip(slot.bundles, arrays, strict=True):
-        sums = _sum_squares(rows, range(1, rows.ndim), plan.dtype, scale)
-        by_row.setdefault(plan.mapped[bundle[0]], []).append(sums)
-    totals = [mapped.psum(_add_up(parts) if slot.is_one_pool else parts[0]) for mapped, parts in by_row.items()]
-    return reduce(jnp.add, totals, *([] if totals else [jnp.zeros(1, plan.dtype)]))
+    by_way: dict[Mapped, list[Array]] = {}
+    for bundle, array in zip(slot.bundles, arrays, strict=True):
+        by_way.setdefault(plan.mapped[bundle[0]], []).append(array)
+    if slot.is_one_pool:
+        number = None if scale is None else lax.squeeze(scale, (0,))
+        sums = [
+            way.psum(_add_up([_sum_squares(x, range(x.ndim), plan.dtype, number) for x in arrays]))
+            for way, arrays in by_way.items()
+        ]
+        return reduce(jnp.add, sums, *([] if sums else [jnp.zeros(1, plan.dtype)]))
+    ((way, (rows,)),) = by_way.items()
+    return way.psum(_sum_squares(rows, range(1, rows.ndim), plan.dtype, scale))
 
 
 def _add_up(parts: Sequence[Array]) -> Array:
-    """The sum of all entries of some vectors, none of which is negative, as a vector of one.
+    """The sum of numbers, none of which is negative, as a vector of one.
 
     XLA rewrites a bare sum of a concatenation into a chain of additions, all in one fusion, and compiling that takes
     time quadratic in the number of leaves. The maximum with 0 changes nothing and prevents it.
     """
-    return jnp.sum(jnp.maximum(jnp.concatenate(parts), 0), keepdims=True)
+    return jnp.sum(jnp.maximum(jnp.stack(parts), 0), keepdims=True)
 
 
-def _over_whole_batch(extreme: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """The largest or smallest of all elements, and under vmap of those of all examples: so it stays one number.
+@custom_vmap
+def _all_in_batch(flags: list[Array]) -> Array:
+    """Whether all flags are set, and under vmap those of all examples: so it stays one.
 
-    A `cond` on one number stays a branch, where a predicate for each example would make it both branches and a select.
+    A `cond` on one flag stays a branch, where a flag for each example would make it both branches and a select.
     """
-    found = custom_vmap(lambda x: extreme(x))
-
-    @found.def_vmap
-    def _(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
-        del axis_size, in_batched
-        return found(x), False
-
-    return found
+    alike: dict[Any, list[Array]] = {}
+    for array in flags:
+        alike.setdefault(jax.typeof(array), []).append(array)
+    all_of = [reduce(lax.bitwise_and, group) for group in alike.values()]
+    return reduce(lax.bitwise_and, [lax.reduce_and(each, range(each.ndim)) for each in all_of])
 
 
-_largest, _smallest = _over_whole_batch(jnp.max), _over_whole_batch(jnp.min)
+@_all_in_batch.def_vmap
+def _(axis_size: int, in_batched: list[Any], flags: list[Array]) -> tuple[Array, bool]:
+    del axis_size, in_batched
+    return _all_in_batch(flags), False
 
 
 # ------------------------------------------------------------------------------------------------------------ the root
@@ -494,74 +501,57 @@ def _sizes(plan: Plan) -> PerPool:
     return in_slots(plan.slots, plan.sizes, partial(np.array, dtype=plan.dtype))
 
 
-def _root(plan: Plan, total: Array, scale: Array | float, count: Any) -> Array:
-    """sqrt(total/count + epsilon) of a sum that was taken with a scale."""
-    mean = total / count
-    if not isinstance(scale, Array):
-        return jnp.sqrt(mean + plan.epsilon * scale * scale)
-    root = jnp.sqrt(mean + in_order(scale, jnp.asarray(plan.epsilon), scale) if plan.epsilon else mean)
-    # The RMS of numbers at the top of the range is in the range: do not let the last rounding carry it beyond.
-    largest = float(jnp.finfo(plan.dtype).max) * jnp.minimum(scale, 0.5)  # a root of numbers scaled up is far below
-    return jnp.where(jnp.isfinite(root), jnp.minimum(root, largest), root) / scale
-
-
 def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerPool:
     """The root of each pool, without the axes: from the naive sums, unless some sum left the safe window."""
     # Behind a barrier, or XLA would store float32 copies and squares, to share them with what follows.
-    sizes, joined = _sizes(plan), cpu_barrier(_joined(plan, leaves))
+    joined = cpu_barrier(_joined(plan, leaves))
     naive = _sums(plan, joined, None)
-
-    def roots(sums: PerPool, counts: PerPool, scales: PerPool | float = 1.0) -> PerPool:
-        scales = jax.tree.map(lambda _: scales, sums) if isinstance(scales, float) else scales
-        return jax.tree.map(partial(_root, plan), sums, scales, counts)
-
     if all(_squares_fit(leaf.dtype, plan.dtype) for leaf in leaves):
-        return roots(naive, counts)
+        return jax.tree.map(lambda total, count: lax.sqrt(total / count + plan.epsilon), naive, counts)
     low, high, scale = _window(plan.dtype)
-    if plan.epsilon >= 1e8 * low:
-        low = -1.0  # whatever underflowed, epsilon outweighs it
+    outweighed = plan.epsilon >= 1e8 * low  # by epsilon, whatever underflowed
 
-    def pick(s: Array, n: Any, below: Any, inside: Any, above: Any) -> Array:
-        inside = jnp.where(s >= low * n, inside, below) if low > 0 else inside
-        return jnp.where(s < high, inside, above)  # NaN goes above, and stays NaN
+    def pick(total: Array, size: Any, below: Array, inside: Array, above: Array) -> Array:
+        if not outweighed:
+            inside = lax.select(lax.ge(total, low * size), inside, below)
+        return lax.select(lax.lt(total, high), inside, above)  # NaN goes above, and stays NaN
 
-    def rescaled(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
-        scales = jax.tree.map(lambda s, n: pick(s, n, scale, 1.0, 1 / scale).astype(s.dtype), naive, sizes)
-        return roots(_sums(plan, joined, scales), counts, scales)
+    def at(scale: np.floating[Any]) -> PerPool:
+        return jax.tree.map(lambda total: lax.full_like(total, scale), naive)
 
-    def branch(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
+    sizes, one = _sizes(plan), plan.dtype.type(1)
+    scales = jax.tree.map(pick, naive, sizes, at(scale), at(one), at(1 / scale))
+
+    def branch(joined: list[list[Array]], naive: PerPool, scales: PerPool) -> PerPool:
         """Read the leaves again only if some sum demands it."""
-        above = [_largest(s) < high for s in _combined(jnp.maximum, jax.tree.leaves(naive))]  # a NaN is not
-        means = jax.tree.leaves(jax.tree.map(jnp.divide, naive, sizes)) if low > 0 else []
-        below = [_smallest(m) >= low for m in _combined(jnp.minimum, means)]
         return lax.cond(
-            reduce(jnp.logical_and, above + below, jnp.array(True)),
-            lambda joined, naive, counts: roots(naive, counts),
-            rescaled,
-            *(joined, naive, counts),
+            _all_in_batch([lax.eq(s, one) for s in scales.values]),
+            lambda joined, naive, scales: naive,
+            lambda joined, naive, scales: _sums(plan, joined, scales),
+            *(joined, naive, scales),
         )
 
-    def all_scales(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
+    def all_scales(joined: list[list[Array]], naive: PerPool, scales: PerPool) -> PerPool:
         """Three sums in one reading of the leaves, and no branch: no more traffic for an accelerator, and no sync."""
+        del scales
+        return jax.tree.map(
+            pick, naive, sizes, _sums(plan, joined, at(scale)), naive, _sums(plan, joined, at(1 / scale))
+        )
 
-        def at(value: float) -> PerPool:
-            scales = jax.tree.map(lambda s: jnp.full_like(s, value), naive)
-            return roots(_sums(plan, joined, scales), counts, scales)
-
-        return jax.tree.map(pick, naive, sizes, at(scale), roots(naive, counts), at(1 / scale))
-
-    if len(leaves) == 1:  # an array may be measured hundreds of times in a step, a tree is measured once
-        return lax.platform_dependent(joined, naive, counts, cpu=branch, default=all_scales)
-    return branch(joined, naive, counts)
+    args = joined, naive, scales
+    # An array may be measured hundreds of times in a step, a tree is measured once.
+    sums = lax.platform_dependent(*args, cpu=branch, default=all_scales) if len(leaves) == 1 else branch(*args)
+    return jax.tree.map(partial(_root, plan), sums, scales, counts)
 
 
-def _combined(combine: Callable[[Array, Array], Array], arrays: Sequence[Array]) -> list[Array]:
-    """Arrays of one type combined into one, for each type; those without elements are left out."""
-    alike: dict[Any, list[Array]] = {}
-    for array in arrays:
-        if array.size:
-            alike.setdefault(jax.typeof(array), []).append(array)
-    return [reduce(combine, group) for group in alike.values()]
+def _root(plan: Plan, total: Array, scale: Array, count: Any) -> Array:
+    """sqrt(total/count + epsilon) of a sum that was taken with a scale."""
+    mean = total / count
+    root = lax.sqrt(mean + in_order(scale, jnp.asarray(plan.epsilon), scale) if plan.epsilon else mean)
+    # The RMS of numbers at the top of the range is in the range: do not let the last rounding carry it beyond.
+    # A root of numbers that were scaled up is far below.
+    largest = lax.mul(lax.min(scale, plan.dtype.type(0.5)), jnp.finfo(plan.dtype).max)
+    return lax.div(lax.select(lax.is_finite(root), lax.min(root, largest), root), scale)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

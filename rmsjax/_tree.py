@@ -270,7 +270,7 @@ def _elementwise(f: Callable[..., Array], leaves: Sequence[Array], *of_pools: Pe
             if slot.axes is not None:
                 results = [f(members[0], *values)]
             elif are_tiny_and_alike(members):
-                results = part(f(join(members, one_pool=slot.is_one_pool), *(v[:, None] for v in values)), members)
+                results = part(f(join(members, one_pool=False), *(v[:, None] for v in values)), members)
             else:
                 each = [[v[0]] * len(members) if slot.is_one_pool else jnp.unstack(v) for v in values]
                 results = [f(*of_leaf) for of_leaf in zip(members, *each, strict=True)]

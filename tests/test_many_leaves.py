@@ -130,6 +130,15 @@ def operations(f, *args):
     return found
 
 
+def test_few_operations():
+    """Each is traced, lowered and compiled: for an array, and for each further large leaf of a tree."""
+    assert sum(operations(rmsjax.rms, jnp.ones(1000)).values()) < 60
+    two, three = (
+        sum(operations(rmsjax.tree_rms, [jnp.ones((100, 50 + i)) for i in range(count)]).values()) for count in (2, 3)
+    )
+    assert three - two <= 11
+
+
 @pytest.mark.parametrize("scope", ["global", "block"])
 def test_few_reductions(scope):
     """Sixteen leaves to a reduction, in the naive pass and in the rescaled one: alone they take a minute to compile."""

@@ -324,7 +324,7 @@ def test_number_of_all_reduces_under_shard_map_is_that_of_ways_to_split():
     assert program.lower(tree).as_text().count("stablehlo.all_reduce") == 6
 
 
-ROWS, FLAG = ("f32[4]",), ("f32[]",)  # what a device has of 8 rows split over "data"; the largest of all sums
+ROWS, FLAG = ("f32[4]",), ("pred[]",)  # what a device has of 8 rows split over "data"; whether all sums will do
 
 
 def test_normalizing_features_on_several_devices_sends_one_number_for_each_row():
