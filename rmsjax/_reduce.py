@@ -506,9 +506,15 @@ def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerP
     # Behind a barrier, or XLA would store float32 copies and squares, to share them with what follows.
     joined = cpu_barrier(_joined(plan, leaves))
     naive = _sums(plan, joined, None)
-    if all(_squares_fit(leaf.dtype, plan.dtype) for leaf in leaves):
+
+    def naive_roots(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
+        del joined
         return jax.tree.map(lambda total, count: lax.sqrt(total / count + plan.epsilon), naive, counts)
+
+    if all(_squares_fit(leaf.dtype, plan.dtype) for leaf in leaves):
+        return naive_roots(joined, naive, counts)
     low, high, scale = _window(plan.dtype)
+    sizes, one = _sizes(plan), plan.dtype.type(1)
     outweighed = plan.epsilon >= 1e8 * low  # by epsilon, whatever underflowed
 
     def pick(total: Array, size: Any, below: Array, inside: Array, above: Array) -> Array:
@@ -516,32 +522,30 @@ def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerP
             inside = lax.select(lax.ge(total, low * size), inside, below)
         return lax.select(lax.lt(total, high), inside, above)  # NaN goes above, and stays NaN
 
-    def at(scale: np.floating[Any]) -> PerPool:
-        return jax.tree.map(lambda total: lax.full_like(total, scale), naive)
+    def at(value: np.floating[Any], naive: PerPool) -> PerPool:
+        return jax.tree.map(lambda total: lax.full_like(total, value), naive)
 
-    sizes, one = _sizes(plan), plan.dtype.type(1)
-    scales = jax.tree.map(pick, naive, sizes, at(scale), at(one), at(1 / scale))
+    def scales_of(naive: PerPool) -> PerPool:
+        return jax.tree.map(pick, naive, sizes, *(at(value, naive) for value in (scale, one, 1 / scale)))
 
-    def branch(joined: list[list[Array]], naive: PerPool, scales: PerPool) -> PerPool:
+    def rescaled_roots(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
+        scales = scales_of(naive)
+        return jax.tree.map(partial(_root, plan), _sums(plan, joined, scales), scales, counts)
+
+    def branch(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
         """Read the leaves again only if some sum demands it."""
-        return lax.cond(
-            _all_in_batch([lax.eq(s, one) for s in scales.values]),
-            lambda joined, naive, scales: naive,
-            lambda joined, naive, scales: _sums(plan, joined, scales),
-            *(joined, naive, scales),
-        )
+        fit = _all_in_batch([lax.eq(s, one) for s in scales_of(naive).values])
+        return lax.cond(fit, naive_roots, rescaled_roots, joined, naive, counts)
 
-    def all_scales(joined: list[list[Array]], naive: PerPool, scales: PerPool) -> PerPool:
+    def all_scales(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
         """Three sums in one reading of the leaves, and no branch: no more traffic for an accelerator, and no sync."""
-        del scales
-        return jax.tree.map(
-            pick, naive, sizes, _sums(plan, joined, at(scale)), naive, _sums(plan, joined, at(1 / scale))
-        )
+        small, large = (_sums(plan, joined, at(value, naive)) for value in (scale, 1 / scale))
+        sums = jax.tree.map(pick, naive, sizes, small, naive, large)
+        return jax.tree.map(partial(_root, plan), sums, scales_of(naive), counts)
 
-    args = joined, naive, scales
-    # An array may be measured hundreds of times in a step, a tree is measured once.
-    sums = lax.platform_dependent(*args, cpu=branch, default=all_scales) if len(leaves) == 1 else branch(*args)
-    return jax.tree.map(partial(_root, plan), sums, scales, counts)
+    if len(leaves) == 1:  # an array may be measured hundreds of times in a step, a tree is measured once
+        return lax.platform_dependent(joined, naive, counts, cpu=branch, default=all_scales)
+    return branch(joined, naive, counts)
 
 
 def _root(plan: Plan, total: Array, scale: Array, count: Any) -> Array:

@@ -132,7 +132,7 @@ def operations(f, *args):
 
 def test_few_operations():
     """Each is traced, lowered and compiled: for an array, and for each further large leaf of a tree."""
-    assert sum(operations(rmsjax.rms, jnp.ones(1000)).values()) < 60
+    assert sum(operations(rmsjax.rms, jnp.ones(1000)).values()) < 75
     two, three = (
         sum(operations(rmsjax.tree_rms, [jnp.ones((100, 50 + i)) for i in range(count)]).values()) for count in (2, 3)
     )
