@@ -410,20 +410,16 @@ def _joined(plan: Plan, leaves: Sequence[Array]) -> list[list[Array]]:
 
 
 def _sum_slot(plan: Plan, slot: Slot, arrays: Sequence[Array], scale: Array | None) -> Array:
-    if slot.axes is not None:
-        return plan.mapped[slot.bundles[0][0]].psum(_sum_squares(arrays[0], slot.axes, plan.dtype, scale))
+    if slot.axes is not None or not slot.is_one_pool:
+        axes = (1,) if slot.axes is None else slot.axes  # those of a leaf, or the rows of the one bundle
+        return plan.mapped[slot.bundles[0][0]].psum(_sum_squares(arrays[0], axes, plan.dtype, scale))
+    number = None if scale is None else lax.squeeze(scale, (0,))
     by_way: dict[Mapped, list[Array]] = {}
     for bundle, array in zip(slot.bundles, arrays, strict=True):
-        by_way.setdefault(plan.mapped[bundle[0]], []).append(array)
-    if slot.is_one_pool:
-        number = None if scale is None else lax.squeeze(scale, (0,))
-        sums = [
-            way.psum(_add_up([_sum_squares(x, range(x.ndim), plan.dtype, number) for x in arrays]))
-            for way, arrays in by_way.items()
-        ]
-        return reduce(jnp.add, sums, *([] if sums else [jnp.zeros(1, plan.dtype)]))
-    ((way, (rows,)),) = by_way.items()
-    return way.psum(_sum_squares(rows, range(1, rows.ndim), plan.dtype, scale))
+        total = _sum_squares(array, range(array.ndim), plan.dtype, number)
+        by_way.setdefault(plan.mapped[bundle[0]], []).append(total)
+    sums = [way.psum(_add_up(totals)) for way, totals in by_way.items()]
+    return reduce(jnp.add, sums, *([] if sums else [jnp.zeros(1, plan.dtype)]))
 
 
 def _add_up(parts: Sequence[Array]) -> Array:
