@@ -38,9 +38,9 @@ class Pool(NamedTuple):
 class Slot(NamedTuple):
     """A place in a `PerPool`: which pools have their entries there, and which leaves these are computed from.
 
-    A slot with axes holds the array of one pool of one leaf. One without is a vector with an entry for each pool: for
-    a single pool, whose leaves are all those in the bundles, or for several of one leaf each, the rows of one bundle.
-    A bundle is a number of leaves that are handled together.
+    A slot with axes holds the array of one pool of one leaf. One without holds a number for a single pool, whose leaves
+    are all those in the bundles, or a vector with an entry for each of several pools of one leaf each, the columns of
+    one bundle. A bundle is a number of leaves that are handled together.
     """
 
     pools: tuple[int, ...]
@@ -70,7 +70,7 @@ class PerPool:
         """The entries one by one, in the order of the pools."""
         found: dict[int, Any] = {}
         for value, slot in zip(self.values, self.slots, strict=True):
-            found |= zip(slot.pools, jnp.unstack(value) if slot.axes is None else [value], strict=True)
+            found |= zip(slot.pools, [value] if slot.is_one_pool else jnp.unstack(value), strict=True)
         return [found[pool] for pool in range(len(found))]
 
     def change_axes(self, change: Callable[[Any, tuple[int, ...]], Any]) -> PerPool:
@@ -85,9 +85,7 @@ class PerPool:
 
 def in_slots(slots: tuple[Slot, ...], entries: Sequence[Any], stack: Callable[[list[Any]], Any]) -> PerPool:
     """The entries of all pools in their slots; `stack` makes a vector of some."""
-    values = (
-        stack([entries[p] for p in slot.pools]) if slot.axes is None else entries[slot.pools[0]] for slot in slots
-    )
+    values = (entries[slot.pools[0]] if slot.is_one_pool else stack([entries[p] for p in slot.pools]) for slot in slots)
     return PerPool(tuple(values), slots)
 
 
@@ -153,18 +151,20 @@ def _barrier(values: T) -> T:
     return lax.optimization_barrier(values) if alike else jax.tree.map(lax.optimization_barrier, values)
 
 
-def split_ratio(numerator: Array | float, denominator: Array) -> tuple[Array, Array]:
-    """(a, b), normal numbers with x*a*b = x*numerator/denominator; b = 0 where either is 0.
+@partial(jax.jit, inline=True)
+def split_ratio(numerator: Array, denominator: Array) -> tuple[Array, Array]:
+    """(a, b), normal numbers with x*a*b = x*numerator/denominator; b = 1 if the two are equal, or 0 if either is 0.
 
     The ratio itself can be subnormal, which XLA flushes to zero (1/rho for rho > 2^126 in float32), or overflow: then
     `a` is the smallest normal number or its inverse. An x that this `a` flushes to 0 is one that the ratio would too.
+    Both end in a division, which XLA:CPU does once: anything cheaper it does again in each loop that uses the result.
     """
     tiny = float(jnp.finfo(denominator.dtype).tiny)
-    nonzero = (denominator != 0) & (numerator != 0)  # 0 is no ratio to scale by: denominator * tiny may be 0 too
-    safe = jnp.where(nonzero, denominator, 1)
-    is_small, is_large = numerator < safe * tiny, safe < numerator * tiny
-    a = jnp.where(is_small, tiny, jnp.where(is_large, 1 / tiny, 1)).astype(denominator.dtype)
-    return a, jnp.where(nonzero, numerator / (safe * a), 0)
+    equal, zero = numerator == denominator, (numerator == 0) | (denominator == 0)
+    over = jnp.where(equal, 1, jnp.where(zero, 0, numerator))
+    under = jnp.where(equal | zero, 1, denominator)
+    a = 1 / jnp.where(over < under * tiny, 1 / tiny, jnp.where(under < over * tiny, tiny, 1)).astype(under.dtype)
+    return a, over / (under * a)
 
 
 @jax.custom_jvp
@@ -287,8 +287,8 @@ def _may_be_partitioned(x: Array) -> bool:
 
 # XLA:CPU compiles a kernel for each reduction, and that, not the reading of memory, is the cost of a tree of many small
 # leaves. So leaves up to this size are joined, this many of one size at a time; joints of more take longer to compile
-# than they save, above all of tiny ones, whose copies LLVM writes out. What is left of all sizes can be joined by more.
-_SMALL, _GROUP, _TINY, _TINY_GROUP, _MIXED_GROUP = 4096, 32, 64, 16, 128
+# than they save. What is left of all sizes can be joined by more.
+_SMALL, _GROUP, _TINY, _MIXED_GROUP = 4096, 32, 64, 128
 
 
 def bundles(leaves: Sequence[Array], positions: Sequence[int], *, one_pool: bool) -> tuple[tuple[int, ...], ...]:
@@ -314,9 +314,8 @@ def bundles(leaves: Sequence[Array], positions: Sequence[int], *, one_pool: bool
             size = leaf.size if one_pool else (leaf.size - 1).bit_length()  # up to a power of two
             alike.setdefault((leaf.dtype, _varying(leaf), size), []).append(i)
     for (*kind, _), group in alike.items():
-        count = _TINY_GROUP if max(leaves[i].size for i in group) <= _TINY else _GROUP
-        for bundle in joined(group, count):
-            if one_pool and len(bundle) < count:
+        for bundle in joined(group, _GROUP):
+            if one_pool and len(bundle) < _GROUP:
                 left.setdefault(tuple(kind), []).extend(bundle)
             else:
                 joint.append(bundle)
@@ -328,27 +327,30 @@ def bundles(leaves: Sequence[Array], positions: Sequence[int], *, one_pool: bool
 def join(leaves: Sequence[Array], *, one_pool: bool) -> Array:
     """Leaves of one dtype as one array; a single one that jit may split keeps its axes.
 
-    Those of one pool are put one behind the other, in a vector. Those of several are the rows of a matrix, and filled
-    up with zeros if their sizes differ.
+    Those of one pool become a vector. Those of several are the columns of a matrix, and filled up with zeros if their
+    sizes differ.
     """
     if len(leaves) == 1 and _may_be_partitioned(leaves[0]):
         return leaves[0]
-    vectors = [lax.reshape(leaf, (leaf.size,)) for leaf in leaves]
-    if one_pool:
-        return lax.concatenate(vectors, 0)
-    width = max(leaf.size for leaf in leaves)
-    vectors = [v if v.size == width else jnp.pad(v, (0, width - v.size)) for v in vectors]
-    return lax.reshape(lax.concatenate(vectors, 0), (len(leaves), width))
+    if one_pool and not are_tiny_and_alike(leaves):
+        return lax.concatenate([lax.reshape(leaf, (leaf.size,)) for leaf in leaves], 0)
+    # XLA:CPU copies columns in loops; copies of tiny rows LLVM would write out, and take its time to put in order.
+    columns = [lax.reshape(leaf, (leaf.size, 1)) for leaf in leaves]
+    length = max(leaf.size for leaf in leaves)
+    columns = [c if len(c) == length else jnp.pad(c, ((0, length - len(c)), (0, 0))) for c in columns]
+    joined = lax.concatenate(columns, 1)
+    return lax.reshape(joined, (joined.size,)) if one_pool else joined
 
 
 def are_tiny_and_alike(leaves: Sequence[Array]) -> bool:
-    """Whether to join leaves also for what is done to each element: to take larger ones apart again costs too much."""
+    """Whether leaves are of one size, and not larger than what LLVM copies without a loop."""
     return len(leaves) > 1 and len({leaf.size for leaf in leaves}) == 1 and leaves[0].size <= _TINY
 
 
-def part(rows: Array, leaves: Sequence[Array]) -> list[Array]:
-    """The rows of what `join` made of leaves of one size, in the shapes of these."""
-    return [row.reshape(leaf.shape) for row, leaf in zip(lax.split(rows, [1] * len(leaves)), leaves, strict=True)]
+def part(columns: Array, leaves: Sequence[Array]) -> list[Array]:
+    """The columns of what `join` made of leaves of one size, in the shapes of these."""
+    parts = lax.split(columns, [1] * len(leaves), axis=1)
+    return [lax.reshape(column, leaf.shape) for column, leaf in zip(parts, leaves, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sums
@@ -411,24 +413,23 @@ def _joined(plan: Plan, leaves: Sequence[Array]) -> list[list[Array]]:
 
 def _sum_slot(plan: Plan, slot: Slot, arrays: Sequence[Array], scale: Array | None) -> Array:
     if slot.axes is not None or not slot.is_one_pool:
-        axes = (1,) if slot.axes is None else slot.axes  # those of a leaf, or the rows of the one bundle
+        axes = (0,) if slot.axes is None else slot.axes  # those of a leaf, or the columns of the one bundle
         return plan.mapped[slot.bundles[0][0]].psum(_sum_squares(arrays[0], axes, plan.dtype, scale))
-    number = None if scale is None else lax.squeeze(scale, (0,))
     by_way: dict[Mapped, list[Array]] = {}
     for bundle, array in zip(slot.bundles, arrays, strict=True):
-        total = _sum_squares(array, range(array.ndim), plan.dtype, number)
+        total = _sum_squares(array, range(array.ndim), plan.dtype, scale)
         by_way.setdefault(plan.mapped[bundle[0]], []).append(total)
     sums = [way.psum(_add_up(totals)) for way, totals in by_way.items()]
-    return reduce(jnp.add, sums, *([] if sums else [jnp.zeros(1, plan.dtype)]))
+    return reduce(jnp.add, sums, *([] if sums else [jnp.zeros((), plan.dtype)]))
 
 
 def _add_up(parts: Sequence[Array]) -> Array:
-    """The sum of numbers, none of which is negative, as a vector of one.
+    """The sum of numbers, none of which is negative.
 
     XLA rewrites a bare sum of a concatenation into a chain of additions, all in one fusion, and compiling that takes
     time quadratic in the number of leaves. The maximum with 0 changes nothing and prevents it.
     """
-    return jnp.sum(jnp.maximum(jnp.stack(parts), 0), keepdims=True)
+    return jnp.sum(jnp.maximum(jnp.stack(parts), 0))
 
 
 @custom_vmap
@@ -494,7 +495,7 @@ def make_plan(
 
 
 def _sizes(plan: Plan) -> PerPool:
-    return in_slots(plan.slots, plan.sizes, partial(np.array, dtype=plan.dtype))
+    return in_slots(plan.slots, [plan.dtype.type(size) for size in plan.sizes], np.stack)
 
 
 def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerPool:
@@ -590,7 +591,7 @@ def _differential(
         return in_order(_sum_of_all(products, root), _inverse_root(count, root.dtype))
 
     def of_slot(slot: Slot, roots: Array, counts: Any) -> Array:
-        if slot.axes is not None:
+        if slot.is_one_pool:
             return of_pool(slot, slot.pools[0], roots, counts)
         return jnp.stack([of_pool(slot, *entry) for entry in zip(slot.pools, roots, counts, strict=True)])
 

@@ -250,14 +250,17 @@ def _rescale(leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[
 def _rescale_linear(leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[Array]:
     """`_rescale`, of which JAX is to see that it is linear in the leaves."""
 
-    def scaled(x: Array, a: Array, b: Array, same: Array) -> Array:
-        product = in_order(lift(x, a.dtype), a, b).astype(x.dtype)
-        # A selection beside the product: a step that changes nothing then need not write, if the leaves were donated.
-        return jnp.where(same, x, product) if same.ndim == 0 else product
-
     ratios = jax.tree.map(split_ratio, targets, roots)
     first, second = (jax.tree.map(lambda _, ratio, k=k: ratio[k], roots, ratios) for k in (0, 1))
-    return _elementwise(scaled, leaves, first, second, jax.tree.map(jnp.equal, targets, roots))
+    return _elementwise(_scaled, leaves, first, second)
+
+
+@jax.jit  # one operation for each leaf to trace
+def _scaled(x: Array, a: Array, b: Array) -> Array:
+    """x a b, a leaf multiplied by what `split_ratio` gives."""
+    product = times(in_order(lift(x, a.dtype), a), b).astype(x.dtype)
+    # A selection beside the product: a step that changes nothing then need not write, if the leaves were donated.
+    return jnp.where(b == 1, x, product) if b.ndim == 0 else product
 
 
 def _elementwise(f: Callable[..., Array], leaves: Sequence[Array], *of_pools: PerPool) -> list[Array]:
@@ -269,10 +272,10 @@ def _elementwise(f: Callable[..., Array], leaves: Sequence[Array], *of_pools: Pe
             members = [leaves[i] for i in bundle]
             if slot.axes is not None:
                 results = [f(members[0], *values)]
-            elif are_tiny_and_alike(members):
-                results = part(f(join(members, one_pool=False), *(v[:, None] for v in values)), members)
+            elif not slot.is_one_pool and are_tiny_and_alike(members):
+                results = part(f(join(members, one_pool=False), *(v[None] for v in values)), members)
             else:
-                each = [[v[0]] * len(members) if slot.is_one_pool else jnp.unstack(v) for v in values]
+                each = [[v] * len(members) if slot.is_one_pool else jnp.unstack(v) for v in values]
                 results = [f(*of_leaf) for of_leaf in zip(members, *each, strict=True)]
             for i, result in zip(bundle, results, strict=True):
                 found[i] = result

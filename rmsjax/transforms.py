@@ -221,7 +221,10 @@ def _kept(function: str, old: PyTree, grouping: Grouping, norms: PerPool) -> PyT
 
 
 def _added(function: str, old: PyTree, grouping: Grouping, clipped: PerPool) -> PyTree:
-    return jax.tree.map(jnp.add, old, _kept(function, old, grouping, clipped))
+    """Counts with one more where a pool was clipped."""
+    new = _as_held(grouping.tree(jax.tree.map(lambda c: c.astype(jnp.int32), clipped)))
+    _check_alike(function, old, new)
+    return jax.tree.map(lambda o, n: lax.add(o, lax.convert_element_type(n, o.dtype)), old, new)
 
 
 def _as_held(norms: PyTree) -> PyTree:

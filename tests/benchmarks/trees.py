@@ -60,26 +60,31 @@ def many_leaves():
     small = leaves_of([(64,)] * 2000)
     for count in (500, 2000):
         leaves = dict(list(small.items())[:count])
-        yield from compiled_and_run(f"norm of {count:,} leaves of 64", norms, leaves, torch_peer.norm(leaves))
+        yield from compiled_and_run(f"norm of {count:,} leaves of 64", norms, leaves, eager=torch_peer.norm(leaves))
     yield from compiled_and_run("norm of 1,000 leaves of ten shapes", norms, leaves_of(mixed(1000)))
     yield from compiled_and_run("norm of 1,000 leaves of all sizes to 2^16", norms, leaves_of(of_all_sizes(1000)))
     only_ours = {"rmsjax": rmsjax.tree_rms}  # optax takes more than a quarter of an hour to compile
     yield from compiled_and_run("norm of 10,000 leaves of ten shapes", only_ours, leaves_of(mixed(10_000)))
-    clips = {f"rmsjax {scope}": ours_clip(1.0, scope) for scope in ("global", "block")}
-    yield from compiled_and_run(
-        "clip of 2,000 leaves of 64", clips | {"optax global": optax_clip(optax.clip_by_global_norm(1.0))}, small
-    )
+    clips = {f"rmsjax {scope}": rmsjax.clip_by_rms(1.0, scope) for scope in ("global", "block")}
+    clips |= {"optax global": optax.clip_by_global_norm(1.0)}
+    for what, leaves in (("2,000 leaves of 64", small), ("1,000 leaves of ten shapes", leaves_of(mixed(1000)))):
+        updates = {name: partial(lambda tx, *args: tx.update(*args)[0], tx) for name, tx in clips.items()}
+        states = {name: tx.init(leaves) for name, tx in clips.items()}
+        yield from compiled_and_run(f"clip of {what}", updates, leaves, states=states)
 
 
-def compiled_and_run(what, fns, tree, eager=None):
+def compiled_and_run(what, fns, tree, *, states=None, eager=None):
     """Rows for each function of rmsjax against those of peers: seconds to compile, and milliseconds to run.
 
     Ours are compiled first, so that optax gains if any of what JAX has cached serves both.
+    states: a second argument of each function.
     """
     jax.clear_caches()
     jitted = {name: jax.jit(fn) for name, fn in fns.items()}
-    yield from against_peers(f"{what}, to compile", {name: compile_time(f, tree) for name, f in jitted.items()}, "s")
-    calls = {name: partial(f, tree) for name, f in jitted.items()} | (eager or {})
+    args = {name: (tree,) if states is None else (tree, states[name]) for name in fns}
+    compiling = {name: compile_time(f, *args[name]) for name, f in jitted.items()}
+    yield from against_peers(f"{what}, to compile", compiling, "s")
+    calls = {name: partial(f, *args[name]) for name, f in jitted.items()} | (eager or {})
     yield from against_peers(what, interleaved(calls, repeats=51))
 
 
