@@ -182,6 +182,16 @@ def test_derivatives(name):
     np.testing.assert_allclose(got, (oracle(1e-5) - oracle(-1e-5)) / 2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scope", ["global", "block", 0, 1, (0, 1)])
+@pytest.mark.parametrize("clip", [rmsjax.clip_by_rms, rmsjax.clip_by_relative_rms])
+def test_around_zero_a_clip_is_the_identity(clip, scope):
+    tx, params = clip(1.0, scope), jnp.ones((3, 4))
+    direction = jnp.asarray(np.random.default_rng(0).normal(size=params.shape), jnp.float32)
+    state, zeros = tx.init(params), jnp.zeros_like(params)
+    _, moved = jax.jvp(lambda u: tx.update(u, state, params)[0], (zeros,), (direction,))
+    np.testing.assert_array_equal(moved, direction)
+
+
 @pytest.mark.parametrize(
     "tx",
     [
