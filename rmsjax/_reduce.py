@@ -151,20 +151,31 @@ def _barrier(values: T) -> T:
     return lax.optimization_barrier(values) if alike else jax.tree.map(lax.optimization_barrier, values)
 
 
-@partial(jax.jit, inline=True)
+@jax.custom_jvp
 def split_ratio(numerator: Array, denominator: Array) -> tuple[Array, Array]:
-    """(a, b), normal numbers with x*a*b = x*numerator/denominator; b = 1 if the two are equal, or 0 if either is 0.
+    """(a, b) with x*a*b = x*numerator/denominator; b = 1 just where the two are equal, else 0 where either is 0.
 
     The ratio itself can be subnormal, which XLA flushes to zero (1/rho for rho > 2^126 in float32), or overflow: then
-    `a` is the smallest normal number or its inverse. An x that this `a` flushes to 0 is one that the ratio would too.
+    `a` is near the smallest normal number or its inverse, else 1. An x that it flushes to 0 the ratio would flush too.
     Both end in a division, which XLA:CPU does once: anything cheaper it does again in each loop that uses the result.
     """
     tiny = float(jnp.finfo(denominator.dtype).tiny)
     equal, zero = numerator == denominator, (numerator == 0) | (denominator == 0)
     over = jnp.where(equal, 1, jnp.where(zero, 0, numerator))
     under = jnp.where(equal | zero, 1, denominator)
-    a = 1 / jnp.where(over < under * tiny, 1 / tiny, jnp.where(under < over * tiny, tiny, 1)).astype(under.dtype)
+    is_small, is_large = over < under * tiny, under < over * tiny
+    # 4 tiny, since not every platform divides exactly: what is below tiny is 0.
+    a = 1 / jnp.where(is_small, 0.25 / tiny, jnp.where(is_large, tiny, 1)).astype(under.dtype)
     return a, over / (under * a)
+
+
+@split_ratio.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Any, Any]:
+    """d(n/d) = (dn - dd n/d)/d, and 0 where d = 0; `a` is chosen, and does not move."""
+    (numerator, denominator), (moved, by) = primals, tangents
+    a, b = split_ratio(numerator, denominator)
+    safe = jnp.where(denominator == 0, 1, denominator) * a
+    return (a, b), (jnp.zeros_like(a), jnp.where(denominator == 0, 0, (moved - in_order(by, a, b)) / safe))
 
 
 @jax.custom_jvp
@@ -343,7 +354,7 @@ def join(leaves: Sequence[Array], *, one_pool: bool) -> Array:
 
 
 def are_tiny_and_alike(leaves: Sequence[Array]) -> bool:
-    """Whether leaves are of one size, and not larger than what LLVM copies without a loop."""
+    """Whether these are several leaves of one size, not larger than what LLVM copies without a loop."""
     return len(leaves) > 1 and len({leaf.size for leaf in leaves}) == 1 and leaves[0].size <= _TINY
 
 

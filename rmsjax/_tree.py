@@ -236,7 +236,7 @@ def rms_by_path(
 def rescale(grouping: Grouping, roots: PerPool, targets: PerPool) -> Any:
     """The tree with each leaf multiplied by target/root of its pool, in its own dtype.
 
-    Where target = root a leaf comes back as it was, and where root = 0 as zeros. A root that is NaN or inf makes all
+    Where target = root a leaf comes back as it was, else where root = 0 as zeros. A root that is NaN or inf makes all
     of its pool non-finite or zero, so that nothing hides it.
     """
     return grouping.treedef.unflatten(_rescale_jit(grouping.leaves, roots, targets))
@@ -244,27 +244,32 @@ def rescale(grouping: Grouping, roots: PerPool, targets: PerPool) -> Any:
 
 @jax.custom_jvp
 def _rescale(leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[Array]:
-    return _rescale_linear(leaves, roots, targets)
+    return _elementwise(_scaled, leaves, *_factors(roots, targets))
 
 
-def _rescale_linear(leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[Array]:
-    """`_rescale`, of which JAX is to see that it is linear in the leaves."""
-
+def _factors(roots: PerPool, targets: PerPool) -> tuple[PerPool, PerPool]:
+    """The two numbers of `split_ratio` for each pool."""
     ratios = jax.tree.map(split_ratio, targets, roots)
     first, second = (jax.tree.map(lambda _, ratio, k=k: ratio[k], roots, ratios) for k in (0, 1))
-    return _elementwise(_scaled, leaves, first, second)
+    return first, second
+
+
+def _product(x: Array, a: Array, b: Array) -> Array:
+    """x a b, of which JAX is to see that it is linear in x; XLA is not to make x (a b) of it."""
+    return times(in_order(lift(x, a.dtype), a), b).astype(x.dtype)
 
 
 @jax.jit  # one operation for each leaf to trace
 def _scaled(x: Array, a: Array, b: Array) -> Array:
-    """x a b, a leaf multiplied by what `split_ratio` gives."""
-    product = times(in_order(lift(x, a.dtype), a), b).astype(x.dtype)
     # A selection beside the product: a step that changes nothing then need not write, if the leaves were donated.
-    return jnp.where(b == 1, x, product) if b.ndim == 0 else product
+    return jnp.where(b == 1, x, _product(x, a, b)) if b.ndim == 0 else _product(x, a, b)
 
 
 def _elementwise(f: Callable[..., Array], leaves: Sequence[Array], *of_pools: PerPool) -> list[Array]:
-    """f(leaf, entries of its pool), of a function of the elements; of tiny leaves of one size together."""
+    """f(leaf, entries of its pool), of a function of the elements; of tiny leaves of one size, each a pool, together.
+
+    XLA:CPU compiles a loop anew for each place in a vector that a number in it comes from.
+    """
     found = list(leaves)
     for k, slot in enumerate(of_pools[0].slots):
         values = [per_pool.values[k] for per_pool in of_pools]
@@ -295,7 +300,7 @@ def _(primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
     def moved(x: Array, root: Array, by: Array) -> Array:
         return times(divide4(lift(x, root.dtype), root), by).astype(x.dtype)
 
-    straight = _rescale_linear(dleaves, roots, targets)
+    straight = _elementwise(_product, dleaves, *_factors(roots, targets))
     aside = _elementwise(moved, leaves, roots, jax.tree.map(change, roots, targets, droots, dtargets))
     return _rescale(leaves, roots, targets), jax.tree.map(jnp.add, straight, aside)
 

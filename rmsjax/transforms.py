@@ -212,18 +212,23 @@ def _check_alike(function: str, at_init: PyTree, updates: PyTree) -> None:
             )
 
 
-def _kept(function: str, old: PyTree, grouping: Grouping, norms: PerPool) -> PyTree:
-    """Norms as a state holds them: in the structure and the dtypes that they had at init."""
-    new = _as_held(grouping.tree(norms))
+def _held(function: str, old: PyTree, grouping: Grouping, entries: PerPool) -> PyTree:
+    """Entries as a state holds them, in the structure that they had at init."""
+    new = _as_held(grouping.tree(entries))
     _check_alike(function, old, new)
+    return new
+
+
+def _kept(function: str, old: PyTree, grouping: Grouping, norms: PerPool) -> PyTree:
+    """Norms, in the dtypes that they had at init."""
+    new = _held(function, old, grouping, norms)
     # Copies, since the leaves of one pool share an array, and what is shared cannot be donated.
     return jax.tree.map(lambda o, n: jnp.array(n, o.dtype), old, new)
 
 
 def _added(function: str, old: PyTree, grouping: Grouping, clipped: PerPool) -> PyTree:
-    """Counts with one more where a pool was clipped."""
-    new = _as_held(grouping.tree(jax.tree.map(lambda c: c.astype(jnp.int32), clipped)))
-    _check_alike(function, old, new)
+    """Counts, with one more where a pool was clipped."""
+    new = _held(function, old, grouping, jax.tree.map(lambda c: c.astype(jnp.int32), clipped))
     return jax.tree.map(lambda o, n: lax.add(o, lax.convert_element_type(n, o.dtype)), old, new)
 
 

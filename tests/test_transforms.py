@@ -182,6 +182,25 @@ def test_derivatives(name):
     np.testing.assert_allclose(got, (oracle(1e-5) - oracle(-1e-5)) / 2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("scope", ["block", 0])
+def test_second_derivatives_where_there_is_nothing_to_scale(scope, inner, outer):
+    """Of updates that have the norm already, and of zero; and where they have another, for comparison."""
+    tx, weights = rmsjax.normalize_by_rms(1.0, scope), jnp.array([1.0, 2.0])
+
+    def normalized(u):
+        return weights @ tx.update(u, tx.init(u))[0]
+
+    def naive(u):
+        return weights @ (u / jnp.sqrt(jnp.mean(jnp.square(u))))
+
+    hessian = jax.jit(outer(inner(normalized)))
+    for u in (jnp.array([1.0, -1.0]), jnp.array([0.5, 2.0])):
+        np.testing.assert_allclose(hessian(u), jax.hessian(naive)(u), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(hessian(jnp.zeros(2)), np.zeros((2, 2)))
+
+
 @pytest.mark.parametrize("scope", ["global", "block", 0, 1, (0, 1)])
 @pytest.mark.parametrize("clip", [rmsjax.clip_by_rms, rmsjax.clip_by_relative_rms])
 def test_around_zero_a_clip_is_the_identity(clip, scope):
