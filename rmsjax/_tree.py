@@ -261,14 +261,16 @@ def _product(x: Array, a: Array, b: Array) -> Array:
 
 @jax.jit  # one operation for each leaf to trace
 def _scaled(x: Array, a: Array, b: Array) -> Array:
+    product = _product(x, a, b)
     # A selection beside the product: a step that changes nothing then need not write, if the leaves were donated.
-    return jnp.where(b == 1, x, _product(x, a, b)) if b.ndim == 0 else _product(x, a, b)
+    return jnp.where(b == 1, x, product) if b.ndim == 0 else product
 
 
 def _elementwise(f: Callable[..., Array], leaves: Sequence[Array], *of_pools: PerPool) -> list[Array]:
     """f(leaf, entries of its pool), of a function of the elements; of tiny leaves of one size, each a pool, together.
 
-    XLA:CPU compiles a loop anew for each place in a vector that a number in it comes from.
+    By itself each would take its entries out of vectors, which is more to compile than to take the leaves apart again;
+    to take larger ones apart costs too much.
     """
     found = list(leaves)
     for k, slot in enumerate(of_pools[0].slots):
@@ -293,15 +295,16 @@ def _(primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
     leaves, roots, targets = primals
     dleaves, droots, dtargets = tangents
 
-    def change(root: Array, target: Array, droot: Array, dtarget: Array) -> Array:
-        a, b = split_ratio(target, root)
+    factors = _factors(roots, targets)
+
+    def change(a: Array, b: Array, droot: Array, dtarget: Array) -> Array:
         return (dtarget - in_order(droot, a, b)) / 4
 
     def moved(x: Array, root: Array, by: Array) -> Array:
         return times(divide4(lift(x, root.dtype), root), by).astype(x.dtype)
 
-    straight = _elementwise(_product, dleaves, *_factors(roots, targets))
-    aside = _elementwise(moved, leaves, roots, jax.tree.map(change, roots, targets, droots, dtargets))
+    straight = _elementwise(_product, dleaves, *factors)
+    aside = _elementwise(moved, leaves, roots, jax.tree.map(change, *factors, droots, dtargets))
     return _rescale(leaves, roots, targets), jax.tree.map(jnp.add, straight, aside)
 
 
