@@ -46,13 +46,9 @@ def gpt2_small():
     return [(50257, 768), (1024, 768), *block * 12, (768,), (768,)]
 
 
-def ours_clip(max_rms, scope):
-    tx = rmsjax.clip_by_rms(max_rms, scope)
-    return lambda tree: tx.update(tree, tx.init(tree))[0]
-
-
-def optax_clip(tx):
-    return lambda tree: tx.update(tree, tx.init(tree))[0]
+def updates_of(tx):
+    """A function of updates, and of a state if it is not to be a new one, that gives the updates of `tx` alone."""
+    return lambda tree, state=None: tx.update(tree, tx.init(tree) if state is None else state)[0]
 
 
 def many_leaves():
@@ -72,7 +68,7 @@ def many_leaves():
             updates = {name: tx.update for name, tx in clips.items()}
             yield from compiled_and_run(f"clip of {what}, {scope}", updates, leaves, states=states)
         # The state of the last one has a norm and a count for each leaf; optax has none.
-        stateless = {name: partial(lambda tx, *args: tx.update(*args)[0], tx) for name, tx in clips.items()}
+        stateless = {name: updates_of(tx) for name, tx in clips.items()}
         yield from compiled_and_run(f"clip of {what}, block, without its state", stateless, leaves, states=states)
 
 
@@ -112,10 +108,10 @@ def large_leaves():
     del flat, norms
     size = np.sqrt(124.4e6)
     fns = {
-        "rmsjax global": lambda tree, limit: ours_clip(limit, "global")(tree),
-        "rmsjax block": lambda tree, limit: ours_clip(limit, "block")(tree),
-        "optax global": lambda tree, limit: optax_clip(optax.clip_by_global_norm(limit * size))(tree),
-        "optax block": lambda tree, limit: optax_clip(optax.clip_by_block_rms(limit))(tree),
+        "rmsjax global": lambda tree, limit: updates_of(rmsjax.clip_by_rms(limit, "global"))(tree),
+        "rmsjax block": lambda tree, limit: updates_of(rmsjax.clip_by_rms(limit, "block"))(tree),
+        "optax global": lambda tree, limit: updates_of(optax.clip_by_global_norm(limit * size))(tree),
+        "optax block": lambda tree, limit: updates_of(optax.clip_by_block_rms(limit))(tree),
         "scaling": lambda tree, limit: jax.tree.map(lambda x: x * (1 + limit), tree),
     }
     for kind, limit, falling in [("too small to clip", 1.0, 1.0), ("clipped", 9e-4, 0.97)]:
