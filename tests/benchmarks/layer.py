@@ -2,35 +2,14 @@
 
 from functools import partial
 
-import equinox
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-import rmsjax
 from tests.benchmarks import torch_peer
 from tests.benchmarks.timing import interleaved, memory_for, recycled, row, temporary
+from tests.workloads import layers
 
 SHAPES = [(8, 512, 768), (4, 1024, 4096), (65536, 128)]
-
-
-def layers(width):
-    """Functions of (x, scale) by the name of their library."""
-    graph, _ = nnx.split(nnx.RMSNorm(width, rngs=nnx.Rngs(0)))
-    theirs = equinox.nn.RMSNorm(width, use_bias=False)
-
-    def flax(x, scale):
-        layer = nnx.merge(graph, nnx.State({"scale": nnx.Param(scale)}))
-        return layer(x).astype(x.dtype)
-
-    def eqx(x, scale):
-        layer = equinox.tree_at(lambda layer: layer.weight, theirs, scale)
-        apply = layer
-        for _ in x.shape[:-1]:
-            apply = jax.vmap(apply)
-        return apply(x).astype(x.dtype)
-
-    return {"rmsjax": lambda x, scale: rmsjax.rms_normalize(x, scale), "flax": flax, "equinox": eqx}
 
 
 def forward_and_backward(fn):

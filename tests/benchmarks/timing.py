@@ -1,5 +1,7 @@
 """Times as ratios: competitors take turns in one process, and only medians of one run are compared."""
 
+import importlib.metadata
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -92,3 +94,14 @@ def table(rows: Iterable[Row]) -> str:
     """A table in markdown."""
     lines = [("what", "rmsjax", "others", "gain"), ("---",) * 4, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def versions() -> str:
+    """Those of Python and of all libraries that are compared, of the ones that are installed."""
+    found = [f"Python {platform.python_version()}"]
+    for name in ("jax", "flax", "optax", "equinox", "lineax", "torch"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)

@@ -1,5 +1,6 @@
-"""The same in PyTorch, eager and on as many threads, where it is installed: calls by name, none where it is not."""
+"""The same in PyTorch, on the same device and as many threads, where it is installed: calls by name, else none."""
 
+import contextlib
 from functools import partial
 
 import jax
@@ -50,6 +51,53 @@ def clip(tree, max_norm, falling):
         kept[0] *= falling
 
     return {"torch": call}
+
+
+def passes(x, scale, ct):
+    """RMSNorm forward and backward by themselves, in the type of x: eager, and compiled where that works."""
+    if torch is None:
+        return {}, {}
+    x, ct = _tensor(x).requires_grad_(), _tensor(ct)
+    scale = _tensor(scale).to(x.dtype).requires_grad_()
+    forward, backward = {}, {}
+
+    def normalize(x, scale):
+        return torch.nn.functional.rms_norm(x, scale.shape, scale, eps=1e-6)
+
+    def add(name, fn):
+        y = fn(x, scale)
+        pull = partial(torch.autograd.grad, y, (x, scale), ct, retain_graph=True)
+        pull()
+        forward[name], backward[name] = torch.no_grad()(partial(fn, x.detach(), scale.detach())), pull
+
+    add("torch", normalize)
+    # A compiler that cannot work here, say for want of a C compiler, fails in ways of its own, and is left out.
+    with contextlib.suppress(Exception):
+        torch._functorch.config.donated_buffer = False  # or the graph could be used but once
+        add("torch.compile", torch.compile(normalize, dynamic=False))
+    return forward, backward
+
+
+def clipped_adamw(tree, max_norm):
+    """A step of AdamW after a clip by global norm, fused where there is a GPU."""
+    if torch is None:
+        return {}
+    params = [torch.nn.Parameter(tensor) for tensor in _tensors(tree)]
+    for param in params:
+        param.grad = torch.full_like(param, 1e-3)
+    optimizer = torch.optim.AdamW(params, lr=1e-3, fused=params[0].is_cuda or None)
+
+    def call():
+        torch.nn.utils.clip_grad_norm_(params, max_norm)
+        optimizer.step()
+
+    return {"torch": call}
+
+
+def wait():
+    """Until the device has done all that PyTorch asked of it."""
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _tensors(tree):

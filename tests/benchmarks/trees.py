@@ -10,6 +10,7 @@ import optax
 import rmsjax
 from tests.benchmarks import torch_peer
 from tests.benchmarks.timing import compile_time, interleaved, row
+from tests.workloads import gpt2_small
 
 
 def leaves_of(shapes):
@@ -26,24 +27,6 @@ def mixed(count):
 def of_all_sizes(count):
     """Vectors, as many of each order of magnitude; large ones hardly ever of the same size."""
     return [(int(2**power),) for power in np.random.default_rng(0).uniform(0, 16, size=count)]
-
-
-def gpt2_small():
-    block = [
-        (768,),
-        (768,),
-        (768, 2304),
-        (2304,),
-        (768, 768),
-        (768,),
-        (768,),
-        (768,),
-        (768, 3072),
-        (3072,),
-        (3072, 768),
-        (768,),
-    ]
-    return [(50257, 768), (1024, 768), *block * 12, (768,), (768,)]
 
 
 def updates_of(tx):
