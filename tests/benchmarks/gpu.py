@@ -1,8 +1,9 @@
 """Times on a GPU: RMSNorm, rms, a transformer, and trees, against peers and a copy of as many bytes.
 
-Device time is wanted, not that of the host. So every program is a loop that does the same work many times, from memory
-to memory, and each measurement enqueues several such programs before it waits. Competitors take turns. The copy, in the
-same turns, reads and writes in all as many bytes as the work must move at least: what it takes is the limit.
+Device time is wanted, not that of the host. So each measurement enqueues as many programs as take some 60 ms before it
+waits, of inputs so large that a program takes longer than to enqueue it; trees, whose many leaves are slow to hand over,
+are worked on in a loop within one program. Competitors take turns. The copy, in the same turns, reads and writes in all
+as many bytes as the work must move at least: what it takes is the limit.
 """
 
 import argparse
@@ -35,8 +36,8 @@ from tests.workloads import (
     tree_of,
 )
 
-ENQUEUED = 3  # programs before one waits
-ELEMENTS = 2**26  # of x: far more than a cache of 50 MB holds
+ENQUEUED = 3  # loops before one waits
+ELEMENTS = 2**27  # of x: far more than a cache of 50 MB holds
 
 
 class Work(NamedTuple):
@@ -55,13 +56,19 @@ class Case(NamedTuple):
     works: dict[str, Work]
     calls: dict[str, Callable[[], Any]] = {}  # noqa: RUF012
     beyond: str = ""  # the name of the work whose time is subtracted from all others
+    loop: bool = False  # in one program
+
+
+def once(step):
+    """A program that takes a step, whose results go where those of the step before lay."""
+    return jax.jit(lambda carry, args: step(carry, *args), donate_argnums=0, keep_unused=True)
 
 
 def looped(step, times):
-    """A program that takes a step as often, from memory to memory.
+    """A program that takes a step as often.
 
     The barrier ties what a step reads to the count of the loop. Else XLA would see that each step does the same, and
-    take the work out of the loop.
+    take the work out of the loop. It costs trees nothing; the norm of rows and what follows it would become two kernels.
     """
 
     def program(carry, args):
@@ -80,12 +87,12 @@ def copied(size):
     return Work(lambda _, x: -x, x + 0, (x,))
 
 
-def repeated(program, work, enqueued):
-    """A call that runs a compiled loop several times; each hands its memory to the next."""
+def repeated(program, work, times):
+    """A call that runs a compiled program as often; each run hands its memory to the next."""
     kept = [jax.tree.map(lambda x: x + 0, work.carry)]
 
     def call():
-        for _ in range(enqueued):
+        for _ in range(times):
             kept[0] = program(kept[0], work.args)
         return kept[0]
 
@@ -93,7 +100,7 @@ def repeated(program, work, enqueued):
 
 
 def repeated_elsewhere(call, times):
-    """The same of a call of PyTorch, which enqueues by itself."""
+    """The same of a call of PyTorch."""
 
     def calls():
         for _ in range(times):
@@ -105,16 +112,19 @@ def repeated_elsewhere(call, times):
 
 def measure(case, *, tiny):
     """The median milliseconds of one repetition by name; programs are compiled side by side."""
-    times = 2 if tiny else min(max(math.ceil(20e-3 / (case.least / 2.5e12)), 4), 100)
-    works = case.works | ({} if case.beyond else {"copy": copied(case.least)})
-    lowered = {name: looped(work.step, times).lower(work.carry, work.args) for name, work in works.items()}
-    with ThreadPoolExecutor() as pool:
-        programs = dict(zip(works, pool.map(lambda each: each.compile(), lowered.values()), strict=True))
+    in_loop = 2 if tiny else min(max(math.ceil(20e-3 / (case.least / 2.5e12)), 4), 100)
     enqueued = 1 if tiny else ENQUEUED
-    calls = {name: repeated(programs[name], work, enqueued) for name, work in works.items()}
-    calls |= {name: repeated_elsewhere(call, times * enqueued) for name, call in case.calls.items()}
+    times = in_loop * enqueued
+    works = case.works | ({} if case.beyond else {"copy": copied(case.least)})
+    jitted = {name: looped(work.step, in_loop) if case.loop else once(work.step) for name, work in works.items()}
+    lowered = [jitted[name].lower(work.carry, work.args) for name, work in works.items()]
+    with ThreadPoolExecutor() as pool:
+        programs = dict(zip(works, pool.map(lambda each: each.compile(), lowered), strict=True))
+    runs = enqueued if case.loop else times
+    calls = {name: repeated(programs[name], work, runs) for name, work in works.items()}
+    calls |= {name: repeated_elsewhere(call, times) for name, call in case.calls.items()}
     measured = interleaved(calls, repeats=1 if tiny else 9)
-    return {name: value / (times * enqueued) for name, value in measured.items()}
+    return {name: value / times for name, value in measured.items()}
 
 
 COLUMNS = ("what", "rmsjax, ms", "speed of the copy", "others, ms", "gain")
@@ -196,15 +206,15 @@ def tree_cases(*, tiny):
         least = size(grads)
         if name != "20 of 1024x1024":
             works = {lib: Work(lambda _, tree, fn=fn: fn(tree), jnp.zeros(()), (grads,)) for lib, fn in norms().items()}
-            yield Case(f"norm of {name}", least, works, torch_peer.norm(grads))
+            yield Case(f"norm of {name}", least, works, torch_peer.norm(grads), loop=True)
             for what, libraries in clips().items():
                 works = {lib: clip_work(tx, grads) for lib, tx in libraries.items()}
                 calls = torch_peer.clip(grads, 1.0, 1.0) if what == "global clip" else {}
-                yield Case(f"{what} of {name}", 3 * least, works, calls)
+                yield Case(f"{what} of {name}", 3 * least, works, calls, loop=True)
         for what in only_first.get(name, []):
             works = {lib: step_work(tx, grads) for lib, tx in optimizers()[what].items()}
             calls = torch_peer.clipped_adamw(grads, 1.0) if what == "AdamW with global clip" else {}
-            yield Case(f"{what}, {name}", (7 + (what != "stable_adamw")) * least, works, calls)
+            yield Case(f"{what}, {name}", (7 + (what != "stable_adamw")) * least, works, calls, loop=True)
 
 
 def clip_work(tx, grads):
