@@ -1,12 +1,13 @@
 """The same in PyTorch, on the same device and as many threads, where it is installed: calls by name, else none."""
 
-import contextlib
+import sys
 from functools import partial
 
 import jax
 
 try:
     import torch
+    import torch._functorch.config
 except ImportError:
     torch = None
 
@@ -71,10 +72,11 @@ def passes(x, scale, ct):
         forward[name], backward[name] = torch.no_grad()(partial(fn, x.detach(), scale.detach())), pull
 
     add("torch", normalize)
-    # A compiler that cannot work here, say for want of a C compiler, fails in ways of its own, and is left out.
-    with contextlib.suppress(Exception):
-        torch._functorch.config.donated_buffer = False  # or the graph could be used but once
+    torch._functorch.config.donated_buffer = False  # else a compiled graph could be used but once
+    try:
         add("torch.compile", torch.compile(normalize, dynamic=False))
+    except Exception as error:  # what it needs, like a C compiler, may be missing, and it fails in ways of its own
+        print(f"torch.compile is left out: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
     return forward, backward
 
 
