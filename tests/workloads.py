@@ -1,4 +1,4 @@
-"""What is measured on accelerators, compiled or run: RMSNorm of each library, a transformer around it, trees and steps."""
+"""What is measured on accelerators, compiled or run: RMSNorm of each library, in a transformer, and trees."""
 
 from importlib.util import find_spec
 
@@ -11,7 +11,7 @@ import rmsjax
 
 
 def layers(width, *, epsilon=1e-6):
-    """RMSNorm as functions of x and, if it is given, a scale, by the name of their library; the dtype stays that of x."""
+    """RMSNorm as functions of x, whose dtype stays, and of a scale if there is one, by the name of their library."""
 
     def ours(x, *scale):
         return rmsjax.rms_normalize(x, *scale, epsilon=epsilon)
@@ -110,7 +110,7 @@ def clips():
 
 
 def optimizers():
-    """Optimizers with a clip, by what they do, and by library; optax's are the nearest that it has, without a record."""
+    """Optimizers with a clip, by what they do, and by library; those of Optax are the nearest that it has."""
     clip, adamw, record = rmsjax.clip_by_rms(1e-3), optax.adamw(1e-3), rmsjax.record_rms()
     theirs = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     return {

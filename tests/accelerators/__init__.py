@@ -1,4 +1,4 @@
-"""Programs compiled for an H100 and a TPU v5e that are not here: kernels, and bytes of main memory, asserted and shown."""
+"""Programs compiled for an H100 and a TPU v5e that are not here: their kernels and bytes, asserted and shown."""
 
 import os
 

@@ -89,7 +89,7 @@ class Instruction(NamedTuple):
 
 
 def parsed(text):
-    """The instructions of each computation by its name, each by their names and the root last; the name of the entry."""
+    """The instructions of each computation, both by name and the root last; and the name of the entry."""
     computations, entry, current = {}, "", {}
     for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():  # such comments are in tuples of more than five
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{", line):
@@ -103,7 +103,9 @@ def parsed(text):
 
 
 # Bits of an element; what is no number, like a token, has no size.
-_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128} | {f"{kind}{n}": n for kind in "suf" for n in (4, 8, 16, 32, 64)}
+_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128} | {
+    f"{kind}{n}": n for kind in "suf" for n in (4, 8, 16, 32, 64)
+}
 
 
 def size_of(shape, *, anywhere=False):
@@ -152,9 +154,11 @@ def _called(own):
 
 
 def _times(loop, condition):
-    """How often a loop runs: XLA says so on a GPU; on a TPU its condition compares JAX's count from 0 with a constant."""
+    """How often a loop runs. XLA:GPU says so; on a TPU the condition compares JAX's count from 0 with a constant."""
     *_, last = condition.values()
-    bounds = [i.rest.split(")")[0] for i in condition.values() if i.operation == "constant" and i.shape.startswith("s32")]
+    bounds = [
+        i.rest.split(")")[0] for i in condition.values() if i.operation == "constant" and i.shape.startswith("s32")
+    ]
     if count := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(count[1])
     if len(bounds) == 1 and last.operation == "compare" and "direction=LT" in last.rest:

@@ -79,7 +79,10 @@ def report(device):
         for dtype in DTYPES[:2]:
             unit = bytes_of(arguments(shape, dtype)[0])
             for library in layers(shape[-1]):
-                first, (taped, backward, kept) = forward(device, library, shape, dtype), passes(device, library, shape, dtype)
+                first, (taped, backward, kept) = (
+                    forward(device, library, shape, dtype),
+                    passes(device, library, shape, dtype),
+                )
                 costs = [cost(first, unit), cost(taped, unit), times(kept, unit), cost(backward, unit)]
                 rows.append([f"{shape} {dtype}", library, *costs, times(backward.temporary, unit)])
     columns = ["x", "", "forward", "forward for grad", "kept", "backward", "temporary memory"]

@@ -140,9 +140,14 @@ def test_operands_count_once_and_updates_in_place_by_themselves():
 
 
 def test_branches_and_calls():
-    """The cheapest branch counts, whether branches are numbered or not, and what is called counts as if it were here."""
+    """The cheapest branch counts, numbered or not, and what is called counts as if it were here."""
     cheap = ["%cheap (a: f32[256]) -> f32[256] {", "  ROOT %a = f32[256]{0} parameter(0)", "}"]
-    dear = ["%dear (b: f32[256]) -> f32[256] {", "  %b = f32[256]{0} parameter(0)", "  ROOT %c = f32[256]{0} sine(%b)", "}"]
+    dear = [
+        "%dear (b: f32[256]) -> f32[256] {",
+        "  %b = f32[256]{0} parameter(0)",
+        "  ROOT %c = f32[256]{0} sine(%b)",
+        "}",
+    ]
     text = entry(
         PARAMETER,
         "%p = pred[] parameter(1)",

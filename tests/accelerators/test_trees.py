@@ -53,7 +53,12 @@ def test_block_clip_of_small_leaves_h100(h100):
 @pytest.mark.parametrize("tree", [LARGE, slow(MEDIUM), slow(GPT2)])
 @pytest.mark.parametrize(
     ("what", "most"),
-    [("AdamW with global clip", 8.1), ("record, clip, AdamW", 8.1), ("clip, AdamW, record", 11.1), ("stable_adamw", 9.2)],
+    [
+        ("AdamW with global clip", 8.1),
+        ("record, clip, AdamW", 8.1),
+        ("clip, AdamW, record", 11.1),
+        ("stable_adamw", 9.2),
+    ],
 )
 def test_optimizers_h100(h100, tree, what, most):
     """The least is 7x for AdamW: parameters, gradients and two moments are read, all but the gradients are written."""

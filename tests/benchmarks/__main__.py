@@ -1,4 +1,4 @@
-"""Run all benchmarks, or those that are named, and print one table in markdown; `gpu`, with options of its own, is apart."""
+"""Run all benchmarks, or those that are named, and print one table in markdown. `gpu` has options of its own."""
 
 import argparse
 import importlib

@@ -1,9 +1,9 @@
 """Times on a GPU: RMSNorm, rms, a transformer, and trees, against peers and a copy of as many bytes.
 
 Device time is wanted, not that of the host. So each measurement enqueues as many programs as take some 60 ms before it
-waits, of inputs so large that a program takes longer than to enqueue it; trees, whose many leaves are slow to hand over,
-are worked on in a loop within one program. Competitors take turns. The copy, in the same turns, reads and writes in all
-as many bytes as the work must move at least: what it takes is the limit.
+waits, of inputs so large that to run a program takes longer than to enqueue it. Trees, whose many leaves are slow to hand
+over, are worked on in a loop within one program. Competitors take turns. The copy, in the same turns, reads and writes
+in all as many bytes as the work must move at least: what it takes is the limit.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def looped(step, times):
     """A program that takes a step as often.
 
     The barrier ties what a step reads to the count of the loop. Else XLA would see that each step does the same, and
-    take the work out of the loop. It costs trees nothing; the norm of rows and what follows it would become two kernels.
+    take the work out of the loop. It costs trees nothing, but breaks a row's norm from what follows it.
     """
 
     def program(carry, args):
