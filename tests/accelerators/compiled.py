@@ -119,7 +119,8 @@ def size_of(shape, *, anywhere=False):
 
 
 _NO_KERNEL = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "opt-barrier"}
-_ASYNCHRONOUS_COPY = {"copy-done", "slice-done"}
+# Asynchronous copies and slices count where they are done, and other asynchronous work where it starts.
+_NO_KERNEL |= {"copy-start", "slice-start", "async-update", "async-done"}
 
 
 def _kernels(computations, name):
@@ -127,7 +128,7 @@ def _kernels(computations, name):
     found = []
     instructions = computations[name]
     for own in instructions.values():
-        called = [computation for computation in _called(own) if computation in computations]
+        called = _called(own)
         if own.operation in _NO_KERNEL or 'custom_call_target="ConcatBitcast"' in own.rest:
             continue
         if own.operation == "conditional":
@@ -137,11 +138,11 @@ def _kernels(computations, name):
             found += _times(own, computations[condition]) * _kernels(computations, body)
         elif own.operation in ("call", "async-start"):
             found += _kernels(computations, called[0])
-        elif own.operation in _ASYNCHRONOUS_COPY:
+        elif own.operation in ("copy-done", "slice-done"):
             source = instructions[instructions[own.operands[0]].operands[0]]
             # As much as arrives is read where it comes from and written where it goes to, if that is main memory.
             found.append(size_of(own.shape, anywhere=True) * (size_of(source.shape) > 0) + size_of(own.shape))
-        elif not own.operation.endswith(("-start", "-update", "-done")):
+        else:
             found.append(_moved(own, instructions, computations[called[0]] if own.operation == "fusion" else None))
     return found
 
@@ -169,15 +170,14 @@ def _times(loop, condition):
 def _moved(own, instructions, fused):
     """The bytes that one kernel reads and writes; fused: the computation of a fusion, or None."""
     if fused is None:
-        body, root, inner = instructions, own, own.operands
-        users = [own]
+        body, users, inner = instructions, [own], own.operands
     else:
-        parameters = [i for i in fused.values() if i.operation == "parameter"]
+        body, users = fused, list(fused.values())
+        parameters = [i for i in users if i.operation == "parameter"]
         inner = [i.name for i in sorted(parameters, key=lambda i: int(i.rest.split(")")[0]))]
-        body, root, users = fused, list(fused.values())[-1], list(fused.values())
     pairs = zip(own.operands, inner, strict=True)
     read = sum(min(size_of(instructions[outer].shape), _used(users, name)) for outer, name in pairs)
-    return read + min(size_of(own.shape), _changed(body, root))
+    return read + min(size_of(own.shape), _changed(body, users[-1]))
 
 
 def _used(users, name):

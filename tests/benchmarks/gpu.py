@@ -1,9 +1,9 @@
 """Times on a GPU: RMSNorm, rms, a transformer, and trees, against peers and a copy of as many bytes.
 
 Device time is wanted, not that of the host. So each measurement enqueues as many programs as take some 60 ms before it
-waits, of inputs so large that to run a program takes longer than to enqueue it. Trees, whose many leaves are slow to hand
-over, are worked on in a loop within one program. Competitors take turns. The copy, in the same turns, reads and writes
-in all as many bytes as the work must move at least: what it takes is the limit.
+waits, of inputs so large that a program runs for longer than it takes to enqueue. Trees, whose many leaves are slow to
+hand over, are worked on in a loop within one program. Competitors take turns. The copy, in the same turns, reads and
+writes in all as many bytes as the work must move at least: what it takes is the limit.
 """
 
 import argparse
