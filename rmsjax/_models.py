@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from rmsjax._norm import rms
-from rmsjax._tags import Trees, arrays_of, by_name, fill_in, is_array, run, tag_tree
+from rmsjax._tags import Trees, arrays_of, by_name, fill_in, flat, is_array, run, tag_tree
 
 # ------------------------------------------------------------------------------------------------------------- programs
 
@@ -161,7 +161,7 @@ def measure(
     out, entries = run(fn, args, {}, arrays_of(jnp.inexact, reduce))
     found = [entry if entry.value is None else entry._replace(value=pool(entry.value, entry.axes)) for entry in entries]
     values, cotangents = by_name(found)
-    return out, _flat(values), _flat(cotangents)
+    return out, flat(values), flat(cotangents)
 
 
 def pool_norms(norms: Array, axes: tuple[str, ...]) -> Array:
@@ -183,14 +183,6 @@ def _pool_examples(x: Array, axes: tuple[str, ...]) -> Array:
 
 def _shards(axes: tuple[str, ...]) -> list[int]:
     return [k for k, axis in enumerate(axes) if axis == "shard"]
-
-
-def _flat(trees: Trees) -> Trees:
-    return OrderedDict(
-        (name + jax.tree_util.keystr(path), value)
-        for name, tree in trees.items()
-        for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- compiled

@@ -31,7 +31,8 @@ class Mark(NamedTuple):
 
     name: str
     call: int  # no two calls have the same, though a function that JAX traced once and runs twice repeats its own
-    leaf: int
+    leaf: int  # its number among all leaves of the tree, also those that are no arrays
+    path: str
     treedef: Any
     cotangent: bool = False
     batch_axes: tuple[int, ...] = ()  # where vmap has put its axes, the innermost vmap first
@@ -57,12 +58,15 @@ _calls = itertools.count()
 
 def tag_tree(tree: Any, name: str) -> Any:
     """The same tree; its arrays are tagged, all else is left alone."""
-    leaves, treedef = jax.tree.flatten(tree)
-    arrays = jax.tree.structure(treedef.unflatten([0 if is_array(leaf) else None for leaf in leaves]))
-    call, numbers = next(_calls), itertools.count()
-    return treedef.unflatten(
-        [_tag_p.bind(leaf, mark=Mark(name, call, next(numbers), arrays)) if is_array(leaf) else leaf for leaf in leaves]
-    )
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    call = next(_calls)
+
+    def tagged(leaf: int, path: Any, x: Any) -> Any:
+        if not is_array(x):
+            return x
+        return _tag_p.bind(x, mark=Mark(name, call, leaf, jax.tree_util.keystr(path), treedef))
+
+    return treedef.unflatten([tagged(leaf, *entry) for leaf, entry in enumerate(leaves)])
 
 
 def is_array(x: Any) -> TypeGuard[Array]:
@@ -240,11 +244,12 @@ def _with_values(entries: list[Entry], values: Iterable[Any], axes: tuple[str, .
 
 # --------------------------------------------------------------------------------------------------------------- names
 
+Named: TypeAlias = OrderedDict[str, list[Entry]]  # the leaves of each tree that was tagged
 Trees: TypeAlias = OrderedDict[str, Any]  # ordered, since jit sorts the keys of a dict
 
 
-def by_name(entries: Iterable[Entry]) -> tuple[Trees, Trees]:
-    """The values and the cotangents, as trees, by names that are not repeated."""
+def by_name(entries: Iterable[Entry]) -> tuple[Named, Named]:
+    """The values and the cotangents, by names that are not repeated."""
     values: dict[tuple[int, int], list[Entry]] = defaultdict(list)
     cotangents: dict[tuple[int, int], list[Entry]] = defaultdict(list)
     times: Counter[tuple[int, int]] = Counter()
@@ -269,16 +274,32 @@ def by_name(entries: Iterable[Entry]) -> tuple[Trees, Trees]:
         names[key] = next(label for label in labels if label not in taken)
         taken.add(names[key])
     return (
-        OrderedDict((name, _tree(values[key])) for key, name in names.items() if key in values),
-        OrderedDict((name, _tree(cotangents[key])) for key, name in names.items() if key in cotangents),
+        OrderedDict((name, values[key]) for key, name in names.items() if key in values),
+        OrderedDict((name, cotangents[key]) for key, name in names.items() if key in cotangents),
     )
 
 
-def _tree(leaves: list[Entry]) -> Any:
-    """Leaves of one call of `tag` as the tree that was tagged, with None where there is none."""
-    treedef = leaves[0].mark.treedef
-    found = {entry.mark.leaf: entry.value for entry in leaves}
-    return treedef.unflatten([found.get(k) for k in range(treedef.num_leaves)])
+def trees(named: Named) -> Trees:
+    """The trees that were tagged, with None where there is no value.
+
+    A node of the user's that holds a None may not have the leaves that it had, and so is not to be flattened again.
+    """
+
+    def tree(leaves: list[Entry]) -> Any:
+        treedef, found = leaves[0].mark.treedef, {entry.mark.leaf: entry.value for entry in leaves}
+        return treedef.unflatten([found.get(leaf) for leaf in range(treedef.num_leaves)])
+
+    return OrderedDict((name, tree(leaves)) for name, leaves in named.items())
+
+
+def flat(named: Named) -> Trees:
+    """Each value by itself, under the name of its tree and its path in it."""
+    return OrderedDict(
+        (name + entry.mark.path, entry.value)
+        for name, leaves in named.items()
+        for entry in sorted(leaves, key=lambda entry: entry.mark.leaf)
+        if entry.value is not None
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- control flow

@@ -20,7 +20,7 @@ from jax import Array
 
 from rmsjax._models import jitted, measure, pool_norms, program_of
 from rmsjax._norm import rms
-from rmsjax._tags import arrays_of, by_name, is_array, partition, run, tag_tree
+from rmsjax._tags import arrays_of, by_name, is_array, partition, run, tag_tree, trees
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
@@ -113,7 +113,7 @@ def collect(
     @wraps(fn)
     def collected(*args: Any, **kwargs: Any) -> Any:
         out, entries = run(fn, args, kwargs, arrays_of(jnp.number, reduce) if reduce else lambda x: x)
-        values, cotangents = by_name(entries)
+        values, cotangents = map(trees, by_name(entries))
         return (out, values, cotangents) if gradients else (out, values)
 
     return collected

@@ -421,6 +421,36 @@ def test_layers_of_all_kinds():
     assert np.all(np.diff(record.loss[:, :, [0, -1]]) < 0)
 
 
+@jax.tree_util.register_pytree_node_class
+class Distribution:
+    """What is no array is no child, but a part of the structure."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def tree_flatten(self):
+        return ([self.logits], None) if isinstance(self.logits, jax.Array) else ([], self.logits)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children) if children else cls(aux)
+
+
+class Policy(nnx.Module):
+    def __init__(self, width, rngs):
+        self.policy, self.value = nnx.Linear(8, width, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return Distribution(self.policy(x)), self.value(x)
+
+
+def test_outputs_that_keep_what_is_no_array_in_their_structure():
+    record = check(Policy, loss=lambda output, y: jnp.mean(output[0].logits ** 2) + optax.l2_loss(output[1], y))
+    assert record.layers == ("policy", "value", "Policy[0][<flat index 0>]", "Policy[1]")
+    np.testing.assert_array_equal(record.rms[..., 2:], record.rms[..., :2])
+    np.testing.assert_array_equal(record.sizes, [[8, 1, 8, 1], [16, 1, 16, 1]])
+
+
 class LinenModel(nn.Module):
     sizes: list[int]  # which has no hash
 

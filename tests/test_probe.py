@@ -315,6 +315,84 @@ def test_reduce_is_given_numbers_alone():
     assert values["tree"] == {"x": 1, "n": 3, "mask": None, "key": None, "empty": None}
 
 
+@jax.tree_util.register_pytree_node_class
+class Distribution:
+    """As those of distrax: what is no array is no child, but a part of the structure."""
+
+    def __init__(self, **parameters):
+        self.parameters = parameters
+
+    def tree_flatten(self):
+        arrays = {name: x for name, x in self.parameters.items() if isinstance(x, (jax.Array, np.ndarray))}
+        rest = {name: x for name, x in self.parameters.items() if name not in arrays}
+        return list(arrays.values()), (tuple(arrays), rest)
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(**dict(zip(aux[0], children, strict=True)), **aux[1])
+
+
+def outputs(x):
+    """Trees with such nodes, and the leaves of each by their paths, None for what is no floating array."""
+    one, both = Distribution(logits=x), Distribution(loc=x, scale=2 * x, name=["unhashable"])
+    name = lambda k: jax.tree_util.keystr((jax.tree_util.FlattenedIndexKey(k),))  # noqa: E731
+    yield (one, 10 * x), {f"[0]{name(0)}": x, "[1]": 10 * x}
+    yield (10 * x, one), {"[0]": 10 * x, f"[1]{name(0)}": x}
+    yield {"a": both, "b": 3 * x}, {f"['a']{name(0)}": x, f"['a']{name(1)}": 2 * x, "['b']": 3 * x}
+    yield (Distribution(logits=None), 4 * x), {"[1]": 4 * x}
+    yield (Distribution(n=x.astype(int), scale=5 * x), "text", 6 * x), {f"[0]{name(1)}": 5 * x, "[2]": 6 * x}
+    yield [Distribution(inner=(x,)), Distribution(logits=one, scale=x), 7 * x], {f"[1]{name(0)}": x, "[2]": 7 * x}
+
+
+OUTPUTS = pytest.mark.parametrize("k", range(len(list(outputs(np.ones(1))))))
+
+
+def floating_leaves(tree):
+    return [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def total(tree):
+    return sum(jnp.sum(x**2) for x in floating_leaves(tree))
+
+
+@OUTPUTS
+def test_nodes_that_keep_what_is_no_array_in_their_structure(k):
+    """Every leaf of a tree is at its place: reduced or not, forwards and backwards."""
+
+    def fn(x):
+        tree = tag(list(outputs(2 * x))[k][0], "tree")
+        return total(tree), tree
+
+    x = gaussian(3)
+    want = list(list(outputs(2 * x))[k][1].values())
+    (_, tree), values, cotangents = collect(jax.grad(fn, has_aux=True), gradients=True)(x)
+    for found, factor in ((tree, 1), (values["tree"], 1), (cotangents["tree"], 2)):
+        assert_trees_close(floating_leaves(found), [factor * leaf for leaf in want])
+    _, values = jax.jit(lambda x: collect(lambda x: fn(x)[0], reduce=rms)(x))(x)
+    norms = floating_leaves(values["tree"])
+    assert_trees_close(norms[-len(want) :], [rms(leaf) for leaf in want])  # before them that of integers, if there are
+
+
+@OUTPUTS
+def test_models_that_return_such_nodes(k):
+    class Head(nnx.Module):
+        def __call__(self, x):
+            return list(outputs(2 * x))[k][0]
+
+    class LinenHead(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return list(outputs(2 * x))[k][0]
+
+    x = gaussian(3)
+    want = list(outputs(2 * x))[k][1]
+    for name, model in (("Head", Head()), ("LinenHead", (LinenHead(), {}))):
+        norms = {name + path: rms(leaf) for path, leaf in want.items()}
+        assert_trees_close(dict(activation_rms(model, x)), norms)
+        assert_trees_close(dict(gradient_rms(total, model, x)), {path: 2 * norm for path, norm in norms.items()})
+        assert_trees_close(floating_leaves(capture(model, x)[1][name]), list(want.values()))
+
+
 def test_what_cannot_be_collected_is_said():
     def solve(x):
         matvec = lambda v: tag(2 * v, "inside")  # noqa: E731
