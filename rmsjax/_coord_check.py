@@ -27,7 +27,7 @@ from jax import Array
 from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
 from rmsjax._models import trainable
-from rmsjax._tags import partition
+from rmsjax._tags import blank, partition
 from rmsjax._text import text_table, with_interval
 from rmsjax._tree import tree_rms
 
@@ -60,7 +60,7 @@ class WidthRecord:
     **Verdict.** In the infinite-width limit exponents are multiples of 1/2. A slope beyond ±1/4 is therefore nearer to
     ±1/2 than to 0. At the last step, with mean slopes, a layer
 
-    - is **not finite** if one of its norms is inf or NaN;
+    - is **not finite** if one of its norms, or of those of its change, is inf or NaN;
     - else **grows** if its RMS or the RMS of its change has a slope above 1/4;
     - else **shrinks** if its change has a slope below -1/4 (its RMS, if the layer does not change at all);
     - else is **level**.
@@ -177,7 +177,7 @@ class WidthRecord:
     def _judge(self, which: Literal["mean", "low", "high"]) -> list[str]:
         rms, change = (getattr(self.slopes(quantity), which)[-1] for quantity in ("rms", "change"))
         changes = np.any(self.change[:, :, -1] != 0, axis=(0, 1))
-        finite = np.all(np.isfinite(self.rms[:, :, -1]), axis=(0, 1))
+        finite = np.all(np.isfinite(self.rms[:, :, -1] + self.change[:, :, -1]), axis=(0, 1))
         grows = np.maximum(rms, change) > _LEVEL
         shrinks = np.where(changes, change, rms) < -_LEVEL
         return [str(word) for word in np.select([~finite, grows, shrinks], _WORDS[:3], _WORDS[3])]
@@ -281,7 +281,8 @@ def coord_check(
         make_model: `(width, rngs)` to a Flax NNX module or a method of one, or to a Linen module, which is initialised
             here.
         batch: the arguments of the model, and last what the loss compares the output with: (x, labels). Arrays are
-            traced, all else, such as a flag, reaches the model as it is.
+            traced, all else, such as a flag, reaches the model as it is. Of arrays on a mesh with explicit axes, call
+            this under `jax.set_mesh(mesh)`, as the parameters are made here.
         widths: at least two; what width means is up to make_model and make_optimizer.
         make_optimizer: width to an optax transformation, since the learning rates of muP depend on it. Its update is
             given the extra arguments that some of optax's ask for: value, grad and value_fn.
@@ -411,9 +412,10 @@ def _train(
         norms = _norms((now, jax.tree.map(_difference, now, first)))
         return (optax.apply_updates(params, updates), state, first), (norms, value)
 
-    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(objective, params)[1])
-    _, ((rms, change), losses) = jax.lax.scan(step, (params, optimizer.init(params), blank), jnp.arange(steps + 1))
-    return _Measured(rms, change, _sizes(blank), losses)
+    _, shapes = jax.eval_shape(objective, params)
+    start = params, optimizer.init(params), blank(shapes)
+    _, ((rms, change), losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
+    return _Measured(rms, change, _sizes(shapes), losses)
 
 
 def _measure(args: tuple[Any, ...], model: Any) -> _Measured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable
@@ -15,7 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rmsjax._norm import rms
 from rmsjax._tags import Trees, arrays_of, by_name, fill_in, flat, is_array, run, tag_tree
@@ -170,7 +172,10 @@ def pool_norms(norms: Array, axes: tuple[str, ...]) -> Array:
 
 
 def _by_example(x: Array) -> Array:
-    return x.reshape(*(x.shape[:1] or (1,)), -1)
+    """[examples, elements]. On a mesh with explicit axes not every sharding has a form in which axes are merged."""
+    sharding: Any = jax.typeof(x).sharding
+    together = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1])) if any(sharding.spec[1:]) else None
+    return lax.reshape(x, (*(x.shape[:1] or (1,)), math.prod(x.shape[1:])), out_sharding=together)
 
 
 def _pool_examples(x: Array, axes: tuple[str, ...]) -> Array:

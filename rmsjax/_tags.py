@@ -378,7 +378,7 @@ def _while(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
             [_where(going, *choice) for choice in zip(places, values, before, strict=True)],
         )
 
-    outs, values = lax.while_loop(lambda state: jnp.any(runs(state)), step, (carry, _blank(shapes)))
+    outs, values = lax.while_loop(lambda state: jnp.any(runs(state)), step, (carry, blank(shapes)))
     if lanes:
         values = [_over_axes(collector.reduce, len(e.axes))(v) for e, v in zip(entries, values, strict=True)]
     return outs, _with_values(entries, values)
@@ -422,7 +422,7 @@ def _cond(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
         def call(*operands: Any) -> tuple[list[Any], list[Any]]:
             outs, values = fn(*operands)
             own = dict(zip(keys, values, strict=True))
-            return outs, [own[key] if key in own else _blank(shape) for key, (_, shape) in slots.items()]
+            return outs, [own[key] if key in own else blank(shape) for key, (_, shape) in slots.items()]
 
         return call
 
@@ -447,14 +447,14 @@ def _branch_keys(entries: list[Entry], shapes: list[Any]) -> list[Any]:
     return keys
 
 
-def _blank(shapes: Any) -> Any:
-    """What stands for the value of a tag that is not reached: NaN, or 0 where there is no NaN."""
+def blank(shapes: Any) -> Any:
+    """What stands for values that are not there (yet): NaN, or 0 where there is no NaN."""
 
-    def blank(shape: Any) -> Array:
+    def fill(shape: Any) -> Array:
         # full_like keeps the sharding and the manual axes, which are part of the type.
         return lax.full_like(shape, jnp.nan if jnp.issubdtype(shape.dtype, jnp.inexact) else 0)
 
-    return jax.tree.map(blank, shapes)
+    return jax.tree.map(fill, shapes)
 
 
 def _shard_map(collector: _Collector, eqn: Any, args: list[Any]) -> Found:

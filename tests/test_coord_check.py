@@ -272,13 +272,34 @@ def test_the_whole_is_as_its_worst_layer():
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_what_is_not_finite_is_said(value):
+@pytest.mark.parametrize("quantities", [["rms"], ["change"], ["rms", "change"]], ids=str)
+@pytest.mark.parametrize("where", [np.s_[-1, 0], np.s_[0, :], np.s_[:, :]], ids=str)
+def test_what_is_not_finite_is_said(value, quantities, where):
     record = record_of([0.0, 1.0])
-    record.rms[-1, 0, -1, 0] = value
-    record.change[-1, 0, -1, 0] = value
+    for quantity in quantities:
+        getattr(record, quantity)[*where, -1, 0] = value
     assert record.verdicts == {"layer0": "not finite", "layer1": "grows"}
     assert record.verdict == "not finite"
+    assert record.doubtful == ()
     assert "not finite" in str(record)
+
+
+class LogarithmOfZero(nnx.Module):
+    """Minus infinity at step 0, finite ever after, with the derivative of the identity."""
+
+    def __init__(self, width, rngs):
+        self.layer = nnx.Linear(8, width, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, x):
+        h = self.layer(x)
+        fixed = jax.lax.stop_gradient(h)
+        return jnp.log(jnp.abs(fixed)) + h - fixed
+
+
+def test_a_change_from_infinity_is_not_finite():
+    record = check(LogarithmOfZero, loss=lambda output, target: jnp.mean(output))
+    assert np.isfinite(record.rms[:, :, -1]).all()
+    assert record.verdicts["LogarithmOfZero"] == record.verdict == "not finite"
 
 
 def test_zero_at_some_widths_is_a_slope():
@@ -460,6 +481,56 @@ class LinenModel(nn.Module):
             x = nn.Dense(size)(x)
         x = nn.BatchNorm(use_running_average=False)(x)
         return nn.Dense(1)(nn.Dropout(0.5, deterministic=False)(x))
+
+
+class Resharded(nnx.Module):
+    def __init__(self, spec):
+        self.spec = spec
+
+    def __call__(self, x):
+        return x if self.spec is None else jax.sharding.reshard(x, self.spec)
+
+
+class SplitModel(nnx.Module):
+    """Its hidden layer is split over devices in its own way."""
+
+    def __init__(self, width, rngs, hidden=None, rows=None):
+        self.first, self.last = (nnx.Linear(*sizes, rngs=rngs) for sizes in ((8, width), (width, 1)))
+        self.split, self.together = Resharded(hidden), Resharded(rows)
+
+    def __call__(self, x):
+        return self.last(self.together(self.split(self.first(x))))
+
+
+def check_split(kind, rows, hidden=None):
+    """As on one device; the batch has three axes, so that axes are merged."""
+    x = np.stack([X, 2 * X, -X, X + 1], 1)
+    arrays = x, x[..., :1]
+    want = check(SplitModel, arrays)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put(arrays, jax.NamedSharding(mesh, rows))
+        found = check(functools.partial(SplitModel, hidden=hidden, rows=hidden and rows), arrays)
+    assert found.layers == want.layers
+    np.testing.assert_allclose(found.rms, want.rms, rtol=1e-5)
+    np.testing.assert_allclose(found.change, want.change, rtol=1e-5, atol=1e-7)
+
+
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [(AUTO, P("data")), (EXPLICIT, P("data")), (EXPLICIT, P(("data", "model"))), (EXPLICIT, P("data", "model"))],
+    ids=str,
+)
+def test_batches_on_several_devices(kind, rows):
+    check_split(kind, rows)
+
+
+@pytest.mark.parametrize("hidden", [P("data", None, "model"), P(None, "data", "model"), P("model", "data")], ids=str)
+def test_activations_on_several_devices(hidden):
+    check_split(EXPLICIT, P("data"), hidden)
 
 
 def test_linen():
