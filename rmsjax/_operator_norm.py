@@ -6,12 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rmsjax._checks import as_axes, as_number, as_numeric
 from rmsjax._norm import rms, rms_normalize
@@ -63,6 +64,7 @@ def rms_operator_norm(
 
     Returns:
         The norm of each kernel in the batch, float32 (float64 for float64 and complex128), in the unit of the kernel.
+        The kernel may be split over devices in any way; on a mesh with explicit axes each device has the norm.
 
     Raises:
         TypeError: the kernel is not floating, an axis not integral, the tolerance not a number.
@@ -82,8 +84,8 @@ def rms_operator_norm(
     """
     name = "rms_operator_norm"
     _check_tolerance(name, tolerance)
-    matrices = _as_matrices(name, as_numeric(name, "kernel", kernel, kind=jnp.inexact), in_axis, out_axis)
-    return _operator_norms([matrices], exact, tolerance)[0]
+    kernel = as_numeric(name, "kernel", kernel, kind=jnp.inexact)
+    return _operator_norms([kernel], (_axes(name, kernel, in_axis, out_axis),), exact, tolerance)[0]
 
 
 def rms_operator_norm_by_path(
@@ -129,18 +131,20 @@ def rms_operator_norm_by_path(
     """
     function = "rms_operator_norm_by_path"
     _check_tolerance(function, tolerance)
-    matrices: dict[str, Array] = {}
+    kernels: dict[str, Array] = {}
+    axes_of: list[_Axes] = []
     for path, leaf in zip(leaf_paths(tree, sep), jax.tree.leaves(tree), strict=True):
         axes = _selected(function, _is_kernel if select is None else select, path, leaf)
         if axes is None:
             continue
-        if path in matrices:
+        if path in kernels:
             raise ValueError(f"{function}: several kernels have the path {path!r}; choose another sep than {sep!r}")
         try:
-            matrices[path] = _as_matrices(function, as_numeric(function, "kernel", leaf, kind=jnp.inexact), *axes)
+            kernels[path] = as_numeric(function, "kernel", leaf, kind=jnp.inexact)
+            axes_of.append(_axes(function, kernels[path], *axes))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (leaf {path!r})") from None
-    return dict(zip(matrices, _operator_norms(list(matrices.values()), exact, tolerance), strict=True))
+    return dict(zip(kernels, _operator_norms(list(kernels.values()), tuple(axes_of), exact, tolerance), strict=True))
 
 
 def _selected(function: str, select: Selection, path: str, leaf: Any) -> tuple[Axes, Axes] | None:
@@ -159,18 +163,28 @@ def _is_kernel(path: str, leaf: Any) -> bool:
     return jnp.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _as_matrices(function: str, kernel: Array, in_axis: Axes, out_axis: Axes) -> Array:
-    """The kernel as [..., in, out]."""
+class _Axes(NamedTuple):
+    """The axes of a kernel; the others are a batch."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    def matrices(self, kernel: Array) -> Array:
+        """The kernel as [..., in, out]."""
+        batch = tuple(a for a in range(kernel.ndim) if a not in self.rows + self.columns)
+        sizes = [math.prod(kernel.shape[a] for a in axes) for axes in self]
+        return kernel.transpose(*batch, *self.rows, *self.columns).reshape(*(kernel.shape[a] for a in batch), *sizes)
+
+
+def _axes(function: str, kernel: Array, in_axis: Axes, out_axis: Axes) -> _Axes:
     shape = kernel.shape
     rows = as_axes(function, in_axis, shape, argument="in_axis")
     columns = as_axes(function, out_axis, shape, argument="out_axis")
     if set(rows) & set(columns):
         raise ValueError(f"{function}: in_axis {in_axis!r} and out_axis {out_axis!r} share an axis of shape {shape}")
-    batch = tuple(a for a in range(kernel.ndim) if a not in rows + columns)
-    extents = [math.prod(shape[a] for a in axes) for axes in (rows, columns)]
-    if 0 in extents:
+    if any(shape[a] == 0 for a in rows + columns):
         raise ValueError(f"{function}: the kernel of shape {shape} has no elements along in_axis or out_axis")
-    return kernel.transpose(*batch, *rows, *columns).reshape(*(shape[a] for a in batch), *extents)
+    return _Axes(rows, columns)
 
 
 def _check_tolerance(function: str, tolerance: float) -> None:
@@ -178,8 +192,26 @@ def _check_tolerance(function: str, tolerance: float) -> None:
         raise ValueError(f"{function}: tolerance must be positive, got {tolerance}")
 
 
-@partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _operator_norms(kernels: list[Array], exact: bool, tolerance: float) -> list[Array]:
+@partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _operator_norms(kernels: list[Array], axes: tuple[_Axes, ...], exact: bool, tolerance: float) -> list[Array]:
+    """The norms of kernels. On a mesh with explicit axes XLA partitions this part of the program all the same.
+
+    For products of a kernel with itself no sharding follows from that of the kernel.
+    """
+
+    def of_kernels(kernels: list[Array]) -> list[Array]:
+        matrices = [own.matrices(kernel) for own, kernel in zip(axes, kernels, strict=True)]
+        return _norms_of_matrices(exact, tolerance, matrices)
+
+    avals: list[Any] = list(map(jax.typeof, kernels))
+    mesh = next((aval.sharding.mesh for aval in avals if aval.sharding.mesh.explicit_axes), None)
+    if mesh is None:
+        return of_kernels(kernels)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.sharding.auto_axes(of_kernels, axes=mesh.explicit_axes, out_sharding=everywhere)(kernels)
+
+
+def _norms_of_matrices(exact: bool, tolerance: float, kernels: list[Array]) -> list[Array]:
     """The norms of kernels [..., in, out]. Those of one shape share a loop, since each loop is a second to compile."""
     alike: dict[Any, list[int]] = defaultdict(list)
     for k, kernel in enumerate(kernels):

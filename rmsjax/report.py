@@ -98,7 +98,8 @@ def rms_report(
         scope: as in `tree_rms`. Of a leaf with several norms the table shows the least and the largest.
         order: "tree" keeps the order of the leaves. "worst" puts norms first that are not finite, then those that are
             by the largest factor above or below the median: of all norms of the tree, or of those in the same field of
-            the same state, since gradients have another size than parameters or ratios.
+            the same state, since gradients have another size than parameters or ratios. Leaves without elements, of
+            which a norm says nothing, come last (a state has its norm alone, and 0 is far from the median).
         sep: what separates the parts of a path.
 
     Returns:
@@ -175,12 +176,17 @@ def _range(form: str, values: np.ndarray[Any, Any]) -> str:
 
 
 def _badness(rows: Sequence[RMSRow]) -> list[tuple[bool, float]]:
-    """For each row whether a norm is not finite, and the logarithm of the largest factor to the median of all rows."""
+    """For each row whether a norm is not finite, and the logarithm of the largest factor to the median of all rows.
+
+    -1 for a leaf without elements: below the 0 of a norm that is the median.
+    """
     norms = np.concatenate([row.rms for row in rows]) if rows else np.zeros(0)
     usual = norms[np.isfinite(norms) & (norms > 0)]
     median = float(np.median(usual)) if usual.size else 1.0
 
     def badness(row: RMSRow) -> tuple[bool, float]:
+        if row.rms.size == 0 or 0 in (row.shape or ()):
+            return False, -1.0
         finite = bool(np.isfinite(row.rms).all())
         factors = [abs(math.log(r / median)) if r else math.inf for r in row.rms] if finite else []
         return not finite, max(factors, default=0.0)

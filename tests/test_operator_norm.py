@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 import rmsjax
 from rmsjax import rms_operator_norm, rms_operator_norm_by_path
@@ -177,6 +178,39 @@ def test_by_path():
     for path, norm in found.items():
         np.testing.assert_allclose(norm, want[path], rtol=1e-6, err_msg=path)
     assert list(rms_operator_norm_by_path(params, lambda path, leaf: False)) == []
+
+
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+AXES = {"kernel": (-2, -1), "stack": (-2, -1), "out_of_heads": ((0, 1), 2), "into_heads": (0, (1, 2))}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kinds", [(EXPLICIT, EXPLICIT), (AUTO, EXPLICIT)], ids=str)
+def test_kernels_on_several_devices(kinds, exact):
+    """Split along any axes: the input, the output, some heads, the batch; beside one that is on no mesh."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+    rows, columns, both = P("data"), P(None, "data"), P("model", "data")
+    specs = {"kernel": both, "rows": rows, "columns": columns, "stack": both, "into_heads": both, "out_of_heads": both}
+    shapes = {"stack": (2, 8, 12), "into_heads": (8, 4, 3), "out_of_heads": (2, 4, 12)}  # one loop for all
+    kernels = {name: gaussian(*shapes.get(name, (8, 12))) for name in specs}
+    split = {name: jax.device_put(kernel, jax.NamedSharding(mesh, specs[name])) for name, kernel in kernels.items()}
+
+    def norms(tree):
+        return rms_operator_norm_by_path(tree, lambda path, _: AXES.get(path, (-2, -1)), exact=exact)
+
+    def total(tree):
+        return sum(jnp.sum(norm) for norm in norms(tree).values())
+
+    alone = {"alone": gaussian(8, 12)}
+    want, wanted = jax.jit(norms)(kernels | alone), jax.jit(jax.grad(total))(kernels | alone)
+    for found in (norms(split | alone), jax.jit(norms)(split | alone)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, want)
+    gradients = jax.jit(jax.grad(total))(split | alone)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradients, wanted)
+    if AUTO not in kinds:
+        assert {name: g.sharding.spec for name, g in gradients.items() if name in split} == {
+            name: P(*spec, *[None] * (kernels[name].ndim - len(spec))) for name, spec in specs.items()
+        }
 
 
 def test_kernels_of_a_model():

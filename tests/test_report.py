@@ -47,6 +47,17 @@ def test_worst_first():
     assert len(rms_report({}, order="worst")) == 0
 
 
+@pytest.mark.parametrize("scope", ["block", -1, lambda path, leaf: "one" if path == "c" else "block"], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)], ids=str)
+def test_leaves_without_elements_come_last(scope, shape):
+    """Also behind those that are as the median is, and those that are 0; wherever they are in the tree."""
+    empty = jnp.zeros(shape)
+    tree = {"a": empty, "b": jnp.full((4, 2), 3.0), "c": empty, "d": jnp.zeros((4, 2)), "e": jnp.full((4, 2), 3.0)}
+    report = rms_report(tree, scope, order="worst")
+    assert [row.path for row in report] == ["d", "b", "e", "a", "c"]
+    assert [row.path for row in rms_report({"a": empty, "b": empty, "c": jnp.ones(4)}, order="worst")] == ["c", "a", "b"]
+
+
 def test_worst_first_compares_what_is_alike():
     """The norms of one field of one state: gradients, ratios and parameters are not of one size."""
 
