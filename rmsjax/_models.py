@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import threading
 from collections import OrderedDict
@@ -49,15 +50,8 @@ class _LinenProgram:
     module: Static
 
     def __call__(self, variables: Any, args: Any, kwargs: Any) -> Any:
-        with nn.intercept_methods(_tag_linen):
+        with _tagged_linen("", itself=True):
             return self.module.value.apply(variables, *args, **kwargs)
-
-
-def _tag_linen(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    out = call(*args, **kwargs)
-    if context.method_name != "__call__":
-        return out
-    return tag_tree(out, _path(context.module.path, context.module))
 
 
 @dataclass(frozen=True)
@@ -67,19 +61,96 @@ class _NNXProgram:
 
     def __call__(self, state: Any, args: Any, kwargs: Any) -> Any:
         model = nnx.merge(self.graphdef.value, state)
-        with contextlib.ExitStack() as stack:
-            for path, module in list(nnx.iter_graph(model)):
-                if isinstance(module, nnx.Module) and callable(module):
-                    setattr(module, _PATH, _path(path, module))
-                    stack.enter_context(_tagged_calls(type(module)))
+        with _tagged_nnx(model, "", itself=True):
             if self.method is None:
                 return model(*args, **kwargs)
             return tag_tree(self.method(model, *args, **kwargs), f"{type(model).__name__}.{self.method.__name__}")
 
 
-# The path of a module is an attribute of it, and so goes with it into the copies that nnx.scan, nnx.remat and nnx.jit
+def _below(path: str, parts: Iterable[Any], module: Any = None) -> str:
+    """The path of a part of what is at a path; with the module, the name of its outputs, which is never empty."""
+    parts = tuple(map(str, parts)) or (() if module is None else (type(module).__name__,))
+    return "/".join(filter(None, (path, *parts)))
+
+
+# --------------------------------------------------------------------------------------------------------------- Linen
+
+
+class _Surroundings(threading.local):
+    """Of the Linen module that is applied: its path in the whole model, and whether its own output is tagged.
+
+    None while nothing is tagged. Flax keeps its interceptors for each thread by itself, and so do we.
+    """
+
+    now: tuple[str, bool] | None = None
+
+
+_surroundings = _Surroundings()
+
+
+@contextlib.contextmanager
+def _tagged_linen(path: str, *, itself: bool) -> Generator[None]:
+    """For as long as this lasts, modules inside a Linen module that is applied tag what they return, and perhaps it."""
+    before = _surroundings.now
+    _surroundings.now = path, itself
+    try:
+        with nn.intercept_methods(_tag_linen) if before is None else contextlib.nullcontext():
+            yield
+    finally:
+        _surroundings.now = before
+
+
+def _tag_linen(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    module: nn.Module = context.module
+    is_layer = context.method_name == "__call__" and module.scope is not None and not module.is_initializing()
+    if not is_layer or _surroundings.now is None:
+        return call(*args, **kwargs)
+    path, itself = _surroundings.now
+    name = _below(path, module.path, module)
+    itself = itself or bool(module.path)
+    if _runs_nnx(module):
+        kwargs = {**kwargs, "nnx_method": partial(_call_nnx, _below(path, module.path), kwargs.get("nnx_method"))}
+    out = call(*args, **kwargs)
+    return tag_tree(out, name) if itself else out
+
+
+def _runs_nnx(module: nn.Module) -> bool:
+    """Whether it is a bridge to NNX: Flax's ToLinen, or one of the copies of it that models have."""
+    return "nnx_class" in vars(module) and "nnx_method" in inspect.signature(type(module).__call__).parameters
+
+
+def _call_nnx(path: str, method: Any, module: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """What ToLinen calls with the module that it has made. Its output is that of ToLinen, which has a tag."""
+    with _tagged_nnx(module, path, itself=method is not None):
+        method = "__call__" if method is None else method
+        return (getattr(type(module), method) if isinstance(method, str) else method)(module, *args, **kwargs)
+
+
+# ----------------------------------------------------------------------------------------------------------------- NNX
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: str
+    name: str | None  # of its outputs, if they are tagged
+
+
+# The place of a module is an attribute of it, and so goes with it into the copies that nnx.scan, nnx.remat and nnx.jit
 # make. Flax takes names that begin like this for its own where it lists the attributes of a module (bridge.ToNNX).
-_PATH = "_pytree__rmsjax_path"
+_PLACE = "_pytree__rmsjax_place"
+
+
+@contextlib.contextmanager
+def _tagged_nnx(model: nnx.Module, path: str, *, itself: bool) -> Generator[None]:
+    """For as long as this lasts, modules inside an NNX module tag what they return, and perhaps it does."""
+    with contextlib.ExitStack() as stack:
+        for parts, module in list(nnx.iter_graph(model)):
+            if isinstance(module, nnx.Module) and callable(module):
+                name = _below(path, parts, module) if itself or module is not model else None
+                setattr(module, _PLACE, _Place(_below(path, parts), name))
+                stack.enter_context(_tagged_calls(type(module)))
+        yield
+
 
 _patching = threading.Lock()
 _patched: dict[type, tuple[int, Any]] = {}  # how many programs use the class now, and the __call__ of its own it had
@@ -112,15 +183,19 @@ def _tagged_calls(cls: type) -> Generator[None]:
 def _tagging(cls: type, call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(call)
     def tagging(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = call(self, *args, **kwargs)
-        path = vars(self).get(_PATH) if type(self) is cls else None  # a subclass that calls its parent tags by itself
-        return out if path is None else tag_tree(out, path)
+        place = vars(self).get(_PLACE) if type(self) is cls else None  # a subclass that calls its parent tags by itself
+        if place is None:
+            return call(self, *args, **kwargs)
+        with _tagged_linen(place.path, itself=not _runs_linen(self) or kwargs.get("method") is not None):
+            out = call(self, *args, **kwargs)
+        return out if place.name is None else tag_tree(out, place.name)
 
     return tagging
 
 
-def _path(path: Iterable[Any], module: Any) -> str:
-    return "/".join(map(str, path)) or type(module).__name__
+def _runs_linen(module: nnx.Module) -> bool:
+    """Whether it is a bridge to Linen: Flax's ToNNX, or a copy of it; its output is that of the module in it."""
+    return isinstance(module, nnx.bridge.ToNNX) or "to_nnx__module" in vars(module)
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

@@ -130,8 +130,10 @@ def capture(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, OrderedDict[s
     `collect` holds for these.
 
     The model is not changed: it runs on a copy, and updates of its state (batch statistics, counts of random keys) are
-    dropped. Its code need not be changed either, and may use nnx.scan, nn.scan, remat and jit. While an NNX model is
-    traced, `__call__` of its classes is wrapped; models that other threads call meanwhile do not notice.
+    dropped. Its code need not be changed either, and may use nnx.scan, nn.scan, remat and jit. NNX inside Linen
+    (`nnx.bridge.ToLinen`) and Linen inside NNX (`nnx.bridge.ToNNX`, or `apply`) are seen as well, under the path of
+    what they are in. While an NNX module is traced, `__call__` of its classes is wrapped; models that other threads
+    call meanwhile do not notice.
 
     Args:
         model: an NNX module, or a method of one, such as `model.encode`; or a Linen module and its variables as a

@@ -924,6 +924,144 @@ def test_a_linen_layer_in_an_nnx_model():
     assert floats(activation_rms(Mixed(), jnp.ones((1, 2)))) == {"linen": 2, "leaf": 4, "Mixed": 4}
 
 
+class Mlp(nnx.Module):
+    def __init__(self, width, rngs):
+        self.up, self.down = nnx.Linear(width, 2 * width, rngs=rngs), nnx.Linear(2 * width, width, rngs=rngs)
+
+    def __call__(self, x):
+        return self.down(nnx.relu(self.up(x)))
+
+    def twice(self, x):
+        return self(self(x))
+
+
+class LinenMlp(nn.Module):
+    wrap: Any = None  # a transformation of the class of the bridge
+
+    @nn.compact
+    def __call__(self, x):
+        bridge = nnx.bridge.ToLinen if self.wrap is None else self.wrap(nnx.bridge.ToLinen)
+        return nn.Dense(x.shape[-1])(bridge(Mlp, args=(x.shape[-1],), name="mlp")(x))
+
+
+class Alternating(nnx.Module):
+    """Linen inside NNX, with NNX inside the Linen."""
+
+    def __init__(self, rngs):
+        self.linen = nnx.bridge.ToNNX(LinenMlp(), rngs=rngs).lazy_init(jnp.ones((1, 4)))
+        self.mlp = Mlp(4, rngs)
+
+    def __call__(self, x):
+        return self.mlp(self.linen(x))
+
+
+IN_LINEN_MLP = ["mlp/up", "mlp/down", "mlp", "Dense_0"]
+
+
+def assert_entries(model, x, names):
+    """And each is what the layer returns: the values of inner layers lead to those of the outer ones."""
+    out, found = capture(model, x)
+    assert list(found) == names
+    np.testing.assert_array_equal(found[names[-1]], out)
+    assert list(activation_rms(model, x)) == list(gradient_rms(squares, model, x)) == names
+    return found
+
+
+@pytest.mark.parametrize("wrap", [None, nn.remat, nn.jit])
+def test_nnx_in_linen(wrap):
+    module, x = LinenMlp(wrap), gaussian(3, 4)
+    variables = module.init(jax.random.key(0), x)
+    found = assert_entries((module, variables), x, [*IN_LINEN_MLP, "LinenMlp"])
+    up, down = (variables["params"]["mlp"][name] for name in ("up", "down"))
+    want = x @ up["kernel"]  # the biases are 0
+    np.testing.assert_allclose(found["mlp/up"], want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["mlp/down"], nnx.relu(want) @ down["kernel"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found["mlp"], found["mlp/down"])
+
+
+def test_nnx_as_linen():
+    """By itself, by another method, and inside a scan over layers."""
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            return LinenMlp(name="block")(x), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            stacked = nn.scan(Scanned, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
+            return nnx.bridge.to_linen(Mlp, 4, name="head").twice(stacked(name="stack")(x, None)[0])
+
+    x = gaussian(3, 4)
+    module = nnx.bridge.to_linen(Mlp, 4)
+    assert_entries((module, module.init(jax.random.key(0), x)), x, ["up", "down", "ToLinen"])
+    stack = Stack()
+    out, found = capture((stack, stack.init(jax.random.key(0), x)), x)
+    assert list(found) == [
+        *(f"stack/block/{name}" for name in IN_LINEN_MLP),
+        *("stack/block", "stack"),
+        *("head/up", "head/down", "head/Mlp", "head/up#2", "head/down#2", "head/Mlp#2", "head", "Stack"),
+    ]
+    assert found["stack/block/mlp/up"].shape == (LAYERS, 3, 8)
+    np.testing.assert_array_equal(found["head/Mlp#2"], out)
+
+
+def test_linen_in_nnx():
+    x, model = gaussian(3, 4), Alternating(nnx.Rngs(0))
+    inside = [f"linen/{name}" for name in IN_LINEN_MLP]
+    names = [*inside, "linen", "mlp/up", "mlp/down", "mlp", "Alternating"]
+    found = assert_entries(model, x, names)
+    np.testing.assert_array_equal(found["linen"], found["linen/Dense_0"])
+    np.testing.assert_array_equal(found["linen/mlp"], found["linen/mlp/down"])
+    assert_entries(model.linen, x, [*IN_LINEN_MLP, "ToNNX"])
+    # All of it as Linen again; what is called to initialise the inner one is no layer of the model.
+    module = nnx.bridge.to_linen(Alternating)
+    assert_entries((module, module.init(jax.random.key(0), x)), x, [*names[:-1], "ToLinen"])
+
+
+def test_linen_without_a_bridge_in_nnx():
+    """A model that applies a Linen module by itself: that one's output is not the model's, and has a name."""
+
+    class Unbound(nn.Module):
+        def __call__(self, x):
+            return -x
+
+    class Applying(nnx.Module):
+        def __init__(self):
+            self.params = nnx.Param(LinenMlp().init(jax.random.key(0), jnp.ones((1, 4)))["params"])
+
+        def __call__(self, x):
+            return Unbound()(LinenMlp().apply({"params": nnx.to_pure_dict(nnx.state(self))["params"]}, x))
+
+    class Outer(nnx.Module):
+        def __init__(self):
+            self.inner = Applying()
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    x = gaussian(3, 4)
+    names = [*IN_LINEN_MLP, "LinenMlp"]
+    assert_entries(Applying(), x, [*names, "Applying"])
+    assert_entries(Outer(), x, [*(f"inner/{name}" for name in names), "inner", "Outer"])
+
+
+def test_a_measurement_inside_a_model():
+    """The inner one takes its tags, and leaves the names of the outer one as they are."""
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            inner = nn.Dense(3, name=None, parent=None)
+            _, found = capture((inner, inner.init(jax.random.key(0), x)), x)
+            assert list(found) == ["Dense"]
+            return nn.Dense(2)(found["Dense"])
+
+    x = gaussian(3, 4)
+    assert_entries((Outer(), Outer().init(jax.random.key(0), x)), x, ["Dense_0", "Outer"])
+
+
 def test_methods_of_a_model():
     class Encoder(nnx.Module):
         def __init__(self):
