@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import partial, wraps

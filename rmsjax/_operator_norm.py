@@ -208,7 +208,8 @@ def _operator_norms(kernels: list[Array], axes: tuple[_Axes, ...], exact: bool, 
     if mesh is None:
         return of_kernels(kernels)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.sharding.auto_axes(of_kernels, axes=mesh.explicit_axes, out_sharding=everywhere)(kernels)
+    partitioned: Any = jax.sharding.auto_axes(of_kernels, axes=mesh.explicit_axes, out_sharding=everywhere)
+    return partitioned(kernels)
 
 
 def _norms_of_matrices(exact: bool, tolerance: float, kernels: list[Array]) -> list[Array]:

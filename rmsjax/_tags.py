@@ -11,6 +11,7 @@ takes a gradient therefore has the cotangents of its tagged points among its tag
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 from collections import Counter, OrderedDict, defaultdict
@@ -70,8 +71,11 @@ def tag_tree(tree: Any, name: str) -> Any:
 
 
 def is_array(x: Any) -> TypeGuard[Array]:
-    """Whether x is an array for JAX, traced or not."""
-    return isinstance(x, Array) or (isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "biufcV")
+    """Whether x is an array for JAX, traced or not. NumPy has dtypes that JAX has not: records, dates, long doubles."""
+    if isinstance(x, (np.ndarray, np.generic)):
+        with contextlib.suppress(TypeError, ValueError):
+            return jax.typeof(x) is not None
+    return isinstance(x, Array)
 
 
 def _batch(primitive: Any) -> Callable[..., Any]:
@@ -122,6 +126,8 @@ def run(fn: Callable[..., Any], args: Any, kwargs: Any, reduce: Callable[[Array]
         return out
 
     jaxpr = jax.make_jaxpr(flat)(*arrays)
+    if _calls_exported(jaxpr):
+        _warn("an exported function")
     out, entries = _Collector(reduce).evaluate(jaxpr, arrays)
     return joins[0](out), entries
 
@@ -214,8 +220,14 @@ def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 def _jaxprs_of(eqn: Any) -> Iterable[Any]:
     for param in eqn.params.values():
         for part in param if isinstance(param, (tuple, list)) else (param,):
-            if isinstance(part, (core.Jaxpr, core.ClosedJaxpr)):
+            if hasattr(part, "eqns"):  # open or closed
                 yield part
+
+
+def _calls_exported(jaxpr: Any) -> bool:
+    """Whether there is a function in it that came from elsewhere compiled, in which no tag is left to be found."""
+    eqns = _open(jaxpr)[0].eqns
+    return any(eqn.primitive.name == "call_exported" or any(map(_calls_exported, _jaxprs_of(eqn))) for eqn in eqns)
 
 
 def _variables(atoms: Iterable[Any]) -> list[Any]:

@@ -40,7 +40,7 @@ def tag(x: T, name: str) -> T:
     computation, a tag whose result nobody uses may be dropped.
 
     Args:
-        x: an array or a tree; its arrays are marked.
+        x: an array or a tree; its arrays are marked, and what is none for JAX (a record of NumPy) is left alone.
         name: what `collect` files it under. Names may repeat.
 
     Returns:
@@ -80,7 +80,11 @@ def collect(
 
     Of a `while_loop` the value of the last iteration is kept; under vmap, of the last one of each lane. What was not
     reached, in a loop that did not run or in the other branch of a `cond`, is NaN (0 for integers). Branches of a
-    `cond` share a name. What the backward pass of a `jax.checkpoint` computes again does not count again.
+    `cond` share a name, unless a vmap over its predicate has made it a selection: then both run, and the second is
+    "name#2". What the backward pass of a `jax.checkpoint` computes again does not count again.
+
+    What is tagged where it cannot be collected (inside a kernel, a linear solve, the condition of a `while_loop`) is
+    said by a warning; so is each call of a function from `jax.export`, which does not show whether it had tags.
 
     Args:
         fn: a JAX function. Arrays in its arguments are traced, as under jit; all else reaches it as it is.
