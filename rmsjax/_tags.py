@@ -16,6 +16,7 @@ import itertools
 import warnings
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
@@ -218,10 +219,13 @@ def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def _jaxprs_of(eqn: Any) -> Iterable[Any]:
-    for param in eqn.params.values():
+    params = [*eqn.params.values(), *getattr(eqn.params.get("_prim"), "params", {}).values()]  # see `_expand`
+    for param in params:
         for part in param if isinstance(param, (tuple, list)) else (param,):
             if hasattr(part, "eqns"):  # open or closed
                 yield part
+            elif hasattr(getattr(part, "jaxpr", None), "eqns"):  # a traced function
+                yield part.jaxpr
 
 
 def _calls_exported(jaxpr: Any) -> bool:
@@ -507,6 +511,15 @@ def _call(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
     return outs, collector.evaluate(jaxprs[0], args)[1]
 
 
+def _expand(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
+    """A primitive that is defined in terms of others, as newer versions of jax have them: it keeps its own rules.
+
+    Evaluated beside it is its definition.
+    """
+    definition = jax.make_jaxpr(partial(eqn.primitive.to_lojax, **eqn.params))(*args)
+    return eqn.primitive.bind(*args, **eqn.params), collector.evaluate(definition, args)[1]
+
+
 def _types(atoms: Iterable[Any]) -> list[Any]:
     return [(getattr(a.aval, "shape", None), getattr(a.aval, "dtype", None)) for a in atoms]
 
@@ -522,4 +535,5 @@ _RULES: dict[str, Callable[[_Collector, Any, list[Any]], Found]] = {
     "while": _while,
     "cond": _cond,
     "shard_map": _shard_map,
+    "call_hi_primitive": _expand,
 }

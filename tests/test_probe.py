@@ -5,6 +5,7 @@ perturbation at each point; models are called layer by layer.
 """
 
 import dataclasses
+import itertools
 import threading
 import warnings
 from collections import OrderedDict
@@ -17,12 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import linear_call
+from jax.experimental import pallas as pl
+from jax.experimental import xla_metadata
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import mlir, partial_eval
 from jax.sharding import PartitionSpec as P
 
 import rmsjax
-from rmsjax import activation_rms, gradient_rms, rms
+from rmsjax import _tags, activation_rms, gradient_rms, rms
 from rmsjax.probe import capture, collect, tag
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -268,6 +275,9 @@ def test_loops_that_end_at_different_times():
         _, values = jax.jit(collect(fn))(x, counts)
         np.testing.assert_array_equal(values["h"], want, err_msg=name)
         assert values["same"] == 1  # in no lane by itself
+    alone = jax.jit(collect(lanes["loops"][0]))
+    for counts in itertools.permutations([0, 1, 3, 4]):  # whichever lane is the last to end
+        np.testing.assert_array_equal(alone(x[0], np.array(counts))[1]["h"], last_by_lane(x[0], np.array(counts)))
     every = np.array([1, 3, 2])
     _, values = jax.jit(collect(lanes["inside"][0], reduce=rms))(lanes["inside"][1], every)
     assert float(values["h"]) == pytest.approx(np.sqrt(np.mean(last_by_lane(x[:, None], every) ** 2)))
@@ -288,6 +298,142 @@ def test_loops_in_loops_that_end_at_different_times():
     np.testing.assert_array_equal(values["h"], want)
     _, values = jax.jit(collect(jax.vmap(loop), reduce=jnp.max))(counts)
     np.testing.assert_array_equal(values["h"], want.max(1))
+
+
+def test_branches_are_one_unless_a_vmap_makes_them_a_selection():
+    def fn(x):
+        return jax.lax.cond(x > 0, lambda x: tag(2 * x, "h"), lambda x: tag(3 * x, "h"), x)
+
+    assert dict(collect(fn)(jnp.float32(-1))[1]) == {"h": -3}
+    _, values = collect(jax.vmap(fn))(jnp.array([-1.0, 1.0]))
+    assert {name: value.tolist() for name, value in values.items()} == {"h": [-3, 3], "h#2": [-2, 2]}
+
+
+def double(x):
+    return tag(2 * x, "h")
+
+
+def with_rule(decorator, define):
+    fn = decorator(double)
+    define(fn)
+    return fn
+
+
+ONE = jax.make_mesh((1,), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
+# What holds other functions, by the names of the primitives: each calls `double` once, and returns what that returns.
+HOLDERS = {
+    "jit": jax.jit(double),
+    "remat2": jax.checkpoint(double),
+    "scan": lambda x: jax.lax.scan(lambda x, _: (double(x), None), x, None, length=1)[0],
+    "while": lambda x: jax.lax.while_loop(lambda s: s[1] < 1, lambda s: (double(s[0]), s[1] + 1), (x, 0))[0],
+    "cond": lambda x: jax.lax.cond(x[0] > 0, double, lambda x: x, x),
+    "shard_map": jax.shard_map(double, mesh=ONE, in_specs=P(), out_specs=P()),
+    "custom_jvp_call": with_rule(jax.custom_jvp, lambda f: f.defjvp(lambda x, t: (f(*x), 2 * t[0]))),
+    "custom_vjp_call": with_rule(jax.custom_vjp, lambda f: f.defvjp(lambda x: (f(x), None), lambda _, ct: (2 * ct,))),
+    "custom_vmap_call": with_rule(custom_vmap, lambda f: f.def_vmap(lambda size, batched, x: (f(x), *batched))),
+    "composite": jax.lax.composite(double, "test.double"),
+    "linear_call": lambda x: linear_call(lambda _, x: double(x), lambda _, ct: 2 * ct, (), x),
+    "call_hi_primitive": lambda x: jax.lax.custom_root(
+        lambda y: double(y) - x, x, lambda f, y: f(y) + x, lambda f, y: y / 2
+    ),
+}
+if hasattr(xla_metadata, "xla_metadata_call"):  # not in jax 0.7
+    HOLDERS["xla_metadata_call"] = xla_metadata.xla_metadata_call(double, a="b")
+KERNEL = pl.pallas_call(
+    lambda x, out: out.__setitem__(..., double(x[...])),
+    out_shape=jax.ShapeDtypeStruct((3,), np.float32),
+    interpret=True,
+)
+# These run what they hold another number of times than once, or on other things than arrays.
+OPAQUE = {
+    "custom_linear_solve": lambda x: jax.lax.custom_linear_solve(double, x, lambda _, b: b / 2, symmetric=True),
+    "pallas_call": KERNEL,
+    "reduce": lambda x: jax.lax.reduce(x, np.float32(0), lambda a, b: double(a) + b, (0,)),
+    "reduce_window": lambda x: jax.lax.reduce_window(x, np.float32(0), lambda a, b: double(a) + b, (1,), (1,), "VALID"),
+}
+
+
+def primitives(fn):
+    return {eqn.primitive.name for eqn in jax.make_jaxpr(fn)(np.ones(3, np.float32)).eqns}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_every_primitive_that_holds_a_function(name):
+    fn = HOLDERS[name]
+    assert name in primitives(fn) or name == "call_hi_primitive"  # a custom_jvp_call in older versions
+    out, values = jax.jit(collect(fn))(x := np.arange(1, 4, dtype=np.float32))
+    np.testing.assert_array_equal(out, 2 * x)
+    np.testing.assert_array_equal(values["h"].reshape(3), 2 * x)
+
+
+@pytest.mark.parametrize("name", OPAQUE)
+def test_every_primitive_that_hides_a_function(name):
+    fn, x = OPAQUE[name], np.ones(3, np.float32)
+    assert name in primitives(fn)
+    with pytest.warns(UserWarning, match=f"what is tagged inside {name} is not collected"):
+        out, values = collect(fn)(x)
+    np.testing.assert_array_equal(out, fn(x))
+    assert values == {}
+
+
+def test_no_primitive_that_may_hold_a_function_is_unknown():
+    """Those that jax has rules for, by which functions inside are cut or split: a new name is to be looked at here."""
+    rules = {*_tags._RULES, *HOLDERS, *OPAQUE}
+    assert set(_tags._RULES) <= set(HOLDERS)
+    hold_none = {"addupdate", "debug_callback", "debug_print", "free_ref", "get", "new_ref", "swap"}
+    # Only transformations make them, or kernels; or they have no place of their own in a program (pmap is shard_map).
+    out_of_reach = {
+        "call",
+        "call_hi_primitive_linearized",
+        "closed_call",
+        "core_map",
+        "mpmd_map",
+        "remat_opt",
+        "xla_pmap",
+    }
+    evaluated_by_themselves = {"eval_jaxpr"}  # as a jit is, without a choice of places
+    cut_or_split = {*partial_eval.dce_rules, *partial_eval.partial_eval_jaxpr_custom_rules}
+    found = {primitive.name for primitive in cut_or_split}
+    assert {"jit", "scan", "cond", "while"} <= found
+    assert found <= rules | hold_none | out_of_reach | evaluated_by_themselves
+
+
+def equations(jaxpr, name):
+    """Of one name, at any depth."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == name:
+            yield eqn
+        for inner in _tags._jaxprs_of(eqn):
+            yield from equations(getattr(inner, "jaxpr", inner), name)
+
+
+def test_what_a_loop_or_a_checkpoint_was_told_is_kept():
+    """The policy of a checkpoint, and how a scan unrolls and turns: seen in the program, and in what is kept."""
+    policy = jax.checkpoint_policies.save_only_these_names("kept")
+
+    def fn(x):
+        def block(x, _):
+            return jnp.sin(tag(checkpoint_name(jnp.sin(x), "kept"), "h")), None
+
+        block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        return jnp.sum(jax.lax.scan(block, x, None, length=6, unroll=3, reverse=True)[0])
+
+    def told(fn):
+        jaxpr = jax.make_jaxpr(fn)(np.ones(3, np.float32)).jaxpr
+        (scan,), (remat,) = equations(jaxpr, "scan"), equations(jaxpr, "remat2")
+        loop = {name: scan.params[name] for name in ("unroll", "reverse", "length")}
+        return loop | {name: remat.params[name] for name in ("policy", "prevent_cse")}
+
+    collected = lambda x: collect(fn, reduce=rms)(x)  # noqa: E731
+    assert told(collected) == told(fn)
+    assert told(fn) == {"unroll": 3, "reverse": True, "length": 6, "policy": policy, "prevent_cse": False}
+
+    def sines(fn):
+        """How many are computed in the backward pass: all of them again, but those that were kept."""
+        backward = jax.make_jaxpr(jax.grad(lambda x: jax.tree.leaves(fn(x))[0]))(np.ones(3, np.float32))
+        return sum(1 for _ in equations(backward.jaxpr, "sin"))
+
+    assert sines(collected) == sines(fn)
 
 
 def test_only_the_branch_of_the_platform_is_lowered():
@@ -406,6 +552,46 @@ def test_what_cannot_be_collected_is_said():
     with pytest.warns(UserWarning, match="inside the condition of a while_loop is not collected"):
         out, values = condition(jnp.float32(0))
     assert (out, values) == (3, {})
+
+
+def test_functions_that_were_exported():
+    """They show no tags, and so are said to; by themselves, and inside of other things."""
+    exported = export.export(jax.jit(lambda x: tag(2 * x, "inside")))(jnp.ones(3))
+    loaded = export.deserialize(exported.serialize())
+    for call in (exported.call, lambda x: jax.jit(jax.checkpoint(loaded.call))(x)):
+        with pytest.warns(UserWarning, match="what is tagged inside an exported function is not collected"):
+            out, values = collect(lambda x, call=call: tag(call(x), "outside"))(np.ones(3, np.float32))
+        np.testing.assert_array_equal(out, 2)
+        assert list(values) == ["outside"]
+
+
+NO_ARRAYS = {
+    "record": np.zeros(2, [("a", np.float32), ("b", np.int32)]),
+    "one record": np.zeros(2, [("a", np.float32)])[0],
+    "recarray": np.rec.array([(1, 2.0)]),
+    "bytes": np.zeros(2, "V4"),
+    "date": np.zeros(2, "M8[s]"),
+    "object": np.zeros(2, object),
+    "text": np.array(["a"]),
+    "long": np.zeros(2, np.longdouble),
+    "big endian": np.zeros(2, ">f4"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ARRAYS)
+def test_numpy_arrays_that_are_none_for_jax(name):
+    """A tag leaves them alone, among other things; so do functions that are given them."""
+    x = NO_ARRAYS[name]
+    assert tag(x, "h") is x
+    (out, other), values = collect(lambda x, y: tag((x, 2 * y), "h"))(x, np.float32(1))
+    assert (out is x, float(other), values["h"]) == (True, 2, (None, 2))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int4", "float16", "uint8", "bool", "complex64"])
+def test_numpy_arrays_of_all_dtypes_of_jax(dtype):
+    x = np.ones(2, jnp.dtype(dtype))
+    _, values = collect(lambda: tag(x, "h"))()
+    assert values["h"].dtype == x.dtype
 
 
 def test_arguments_and_results_that_are_no_arrays():
