@@ -44,12 +44,17 @@ def program_of(function: str, model: Any) -> tuple[Callable[..., Any], Any]:
     return _NNXProgram(Static(graphdef), method), state
 
 
+# A compiled layer of Linen (nn.jit) that was called before would not be traced again, and so have no tags, or those of
+# another model: this is a part of the keys by which JAX finds what it has traced.
+_measured: Any = jax.make_user_context(None)
+
+
 @dataclass(frozen=True)
 class _LinenProgram:
     module: Static
 
     def __call__(self, variables: Any, args: Any, kwargs: Any) -> Any:
-        with _tagged_linen("", itself=True):
+        with _measured(self.module), _tagged_linen("", itself=True):
             return self.module.value.apply(variables, *args, **kwargs)
 
 
@@ -60,7 +65,7 @@ class _NNXProgram:
 
     def __call__(self, state: Any, args: Any, kwargs: Any) -> Any:
         model = nnx.merge(self.graphdef.value, state)
-        with _tagged_nnx(model, "", itself=True):
+        with _measured(self.graphdef), _tagged_nnx(model, "", itself=True):
             if self.method is None:
                 return model(*args, **kwargs)
             return tag_tree(self.method(model, *args, **kwargs), f"{type(model).__name__}.{self.method.__name__}")

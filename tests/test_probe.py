@@ -1193,6 +1193,32 @@ def test_nnx_as_linen():
     np.testing.assert_array_equal(found["head/Mlp#2"], out)
 
 
+JittedMlp = nn.jit(LinenMlp)
+
+
+def test_compiled_layers_of_linen_that_were_called_before():
+    """By other models, by the model itself, or inside of NNX; each has the names of its own model."""
+
+    class Named(nn.Module):
+        layer: str
+
+        @nn.compact
+        def __call__(self, x):
+            return JittedMlp(name=self.layer)(x)
+
+    x = gaussian(3, 4)
+    for layer in ("first", "second"):
+        names = [f"{layer}/{name}" for name in IN_LINEN_MLP]
+        module = Named(layer)
+        variables = module.init(jax.random.key(0), x)
+        module.apply(variables, x)
+        assert_entries((module, variables), x, [*names, layer, "Named"])
+        module.apply(variables, x)
+        model = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
+        model(x)
+        assert_entries(model, x, [*names, layer, "ToNNX"])
+
+
 def test_linen_in_nnx():
     x, model = gaussian(3, 4), Alternating(nnx.Rngs(0))
     inside = [f"linen/{name}" for name in IN_LINEN_MLP]
