@@ -389,13 +389,14 @@ def test_no_primitive_that_may_hold_a_function_is_unknown():
         "core_map",
         "mpmd_map",
         "remat_opt",
+        "vjp_node",
         "xla_pmap",
     }
-    evaluated_by_themselves = {"eval_jaxpr"}  # as a jit is, without a choice of places
+    evaluated_beside = {"compute_on", "eval_jaxpr", "program_order"}  # as a custom_jvp_call is; not in all versions
     cut_or_split = {*partial_eval.dce_rules, *partial_eval.partial_eval_jaxpr_custom_rules}
-    found = {primitive.name for primitive in cut_or_split}
+    found = {primitive.name.split("[")[0] for primitive in cut_or_split}  # vjp_node[scan], one for each that was met
     assert {"jit", "scan", "cond", "while"} <= found
-    assert found <= rules | hold_none | out_of_reach | evaluated_by_themselves
+    assert found <= rules | hold_none | out_of_reach | evaluated_beside
 
 
 def equations(jaxpr, name):
