@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -17,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from rmsjax import _reduce
+from rmsjax._boxes import key_paths, unboxed
 from rmsjax._checks import as_axes, as_mapped, as_numeric
 from rmsjax._reduce import (
     Mapped,
@@ -48,14 +48,15 @@ class Grouping(NamedTuple):
     treedef: Any
     pools: tuple[Pool, ...]
     is_global: bool
+    bare: Any  # the structure of the tree without its boxes
 
     def tree(self, values: PerPool) -> Any:
-        """What each pool has, at each of its leaves; under scope "global" the one value by itself."""
+        """What each pool has, at each of its leaves, without boxes; under scope "global" the one value by itself."""
         entries = [self._narrow(v, pool) for v, pool in zip(values.entries(), self.pools, strict=True)]
         if self.is_global:
             return entries[0]
         found = {i: entry for pool, entry in zip(self.pools, entries, strict=True) for i in pool.members}
-        return self.treedef.unflatten([found[i] for i in range(len(found))])
+        return self.bare.unflatten([found[i] for i in range(len(found))])
 
     def _narrow(self, value: Array, pool: Pool) -> Array:
         """One float64 leaf makes all sums float64; the norm of a pool without such a leaf is still float32."""
@@ -65,21 +66,14 @@ class Grouping(NamedTuple):
 
 
 def leaf_paths(tree: Any, sep: str = "/") -> list[str]:
-    """The path of each leaf as one string; a Flax NNX variable counts as the leaf that it holds."""
-    nnx = sys.modules.get("flax.nnx")  # no tree holds a variable before flax was imported
-    is_variable: Callable[[Any], bool] = (lambda node: isinstance(node, nnx.Variable)) if nnx else (lambda node: False)
-    paths: list[str] = []
-    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]:
-        inner = jax.tree_util.tree_flatten_with_path(node)[0] if is_variable(node) else [((), node)]
-        for rest, _ in inner:
-            paths.append(jax.tree_util.keystr((*path, *rest[1:]), simple=True, separator=sep))
-    return paths
+    """The path of each leaf as one string; boxes are no part of it."""
+    return [jax.tree_util.keystr(path, simple=True, separator=sep) for path in key_paths(tree)]
 
 
 def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number, abstract: bool = False) -> Grouping:
     """The leaves of a tree, which may be shapes without data, and the pools that the scope makes of them."""
     given, treedef = jax.tree.flatten(tree)
-    paths = leaf_paths(tree)
+    paths, bare = leaf_paths(tree), jax.tree.structure(unboxed(tree))
     leaves: list[Array] = []
     for path, leaf in zip(paths, given, strict=True):
         name = f"leaf {path!r}" if path else "the tree"
@@ -91,7 +85,7 @@ def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number, abs
             raise ValueError(f"{function}: scope must be 'global', 'block', axes or a callable, got {scope!r}{meant}")
         everything = tuple(range(len(leaves)))
         pools = [Pool(everything)] if scope == "global" else [Pool((i,)) for i in everything]
-        return Grouping(leaves, treedef, tuple(pools), scope == "global")
+        return Grouping(leaves, treedef, tuple(pools), scope == "global", bare)
     if not callable(scope) and not isinstance(scope, (int, np.integer, tuple, list)):
         hint = "; under optax.inject_hyperparams name it in static_args" if isinstance(scope, jax.Array) else ""
         raise TypeError(f"{function}: scope must be 'global', 'block', axes or a callable, got {scope!r:.80}{hint}")
@@ -105,7 +99,7 @@ def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number, abs
         else:
             axes[i] = _scope_axes(function, choice, path, leaf, from_callable=callable(scope))
         members.setdefault(key, []).append(i)
-    return Grouping(leaves, treedef, tuple(Pool(tuple(m), axes.get(k)) for k, m in members.items()), False)
+    return Grouping(leaves, treedef, tuple(Pool(tuple(m), axes.get(k)) for k, m in members.items()), False, bare)
 
 
 def _leaf_hint(leaf: Any) -> str:
@@ -152,7 +146,8 @@ def tree_rms(
 
     Args:
         tree: any pytree of numeric arrays: parameters, gradients, an `nnx.State`. None and `optax.MaskedNode` hold no
-            leaves and are passed over; leaves without elements contribute nothing.
+            leaves and are passed over; leaves without elements contribute nothing. A box that says something about one
+            array (`nnx.Param`, `nn.Partitioned`, a `NamedArray` of haliax) counts as that array, also in paths.
         scope: how the elements are pooled.
             - `"global"`: all elements of all leaves together.
             - `"block"`: each leaf by itself.
@@ -165,9 +160,9 @@ def tree_rms(
             JAX does not know, and each leaf is summed over all of them.
 
     Returns:
-        For "global" a scalar, else a tree of the same structure in which each leaf is the norm of its pool: a scalar,
-        or for axes an array with the reduced axes kept as size 1. float32 (float64 if the pool holds such leaves).
-        A pool without elements has norm 0.
+        For "global" a scalar, else a tree of the same structure, but for boxes, in which each leaf is the norm of its
+        pool: a scalar, or for axes an array with the reduced axes kept as size 1. float32 (float64 if the pool holds
+        such leaves). A pool without elements has norm 0.
 
     Raises:
         TypeError: a leaf is not numeric, or the scope not of a known kind.
@@ -227,7 +222,7 @@ def rms_by_path(
         twice = next(path for i, path in enumerate(paths) if path in paths[:i])
         raise ValueError(f"rms_by_path: several leaves have the path {twice!r}; choose another sep than {sep!r}")
     norms = grouping._replace(is_global=False).tree(measure(grouping, as_mapped("rms_by_path", axis_name)))
-    return dict(zip(paths, grouping.treedef.flatten_up_to(norms), strict=True))
+    return dict(zip(paths, grouping.bare.flatten_up_to(norms), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ rescaling

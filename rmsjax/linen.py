@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from rmsjax._boxes import unboxed
 from rmsjax._checks import as_axes
 from rmsjax._layer import Axes, RejectsInertArguments, apply_layer, check_features, scale_initializer
 
@@ -72,7 +73,8 @@ class RMSNorm(RejectsInertArguments, nn.Module):
         scale = None
         if self.use_scale:
             if self.has_variable("params", "scale"):  # Linen's own message would not name the axis
-                sizes, fix = jnp.shape(self.get_variable("params", "scale")), "initialise the layer with an x like this"
+                held = unboxed(self.get_variable("params", "scale"))
+                sizes, fix = jnp.shape(held), "initialise the layer with an x like this"
                 check_features(x, sizes, self.feature_axes, given="the scale has size", fix=fix)
             shape = [
                 jnp.shape(x)[a] for a in as_axes("RMSNorm", self.feature_axes, jnp.shape(x), argument="feature_axes")

@@ -11,7 +11,6 @@ as 0, but for a learning rate, whose sign means what it means in optax.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -238,21 +237,7 @@ def _as_held(norms: PyTree) -> PyTree:
     A tree without leaves becomes one zero. `optax.tree_map_params` calls init with such a tree, and takes what it finds
     of it in the state for parameters; norms have neither the shapes nor the shardings of these.
     """
-    return _unboxed(norms) if jax.tree.leaves(norms) else jnp.zeros(())
-
-
-def _unboxed(tree: PyTree) -> PyTree:
-    """The tree without Flax's boxes, whose metadata say how a parameter is sharded: its norm has not these axes."""
-    modules = (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata"))
-    boxes = tuple(getattr(sys.modules[module], name) for module, name in modules if module in sys.modules)
-
-    def unbox(node: Any) -> Any:
-        if not isinstance(node, boxes):
-            return node
-        inside = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
-        return _unboxed(inside[0]) if len(inside) == 1 else node
-
-    return jax.tree.map(unbox, tree, is_leaf=lambda node: isinstance(node, boxes))
+    return norms if jax.tree.leaves(norms) else jnp.zeros(())
 
 
 # ------------------------------------------------------------------------------------------------------------ clipping

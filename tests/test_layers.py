@@ -234,6 +234,72 @@ def test_shared_suite(fn, exactly, dtype, x64):
     np.testing.assert_allclose(np.asarray(got, np.float64) / scale, numeric / scale, atol=tolerance + 1e-7)
 
 
+# ------------------------------------------------------------------------------------------------- partitioned scales
+
+BOXING = {
+    "partitioned": lambda names: flax_linen.with_partitioning(flax_linen.initializers.ones_init(), names),
+    "logically": lambda names: flax_linen.with_logical_partitioning(flax_linen.initializers.ones_init(), names),
+    "twice": lambda names: flax_linen.with_logical_partitioning(
+        flax_linen.with_partitioning(flax_linen.initializers.ones_init(), names), names
+    ),
+}
+boxings = pytest.mark.parametrize("boxing", BOXING)
+
+
+@boxings
+@pytest.mark.parametrize("feature_axes", [-1, (-2, -1)])
+def test_linen_scale_in_a_box(boxing, feature_axes):
+    """As the guide of Flax on sharding has it: variables keep the box, and the layer finds the array in it."""
+    names = ("embed",) if feature_axes == -1 else ("heads", "embed")
+    layer = rmsjax.linen.RMSNorm(scale_init=BOXING[boxing](names), feature_axes=feature_axes)
+    variables = layer.init(jax.random.key(0), X)
+    assert isinstance(variables["params"]["scale"], flax_linen.Partitioned)
+    assert variables["params"]["scale"].names == names
+    scaled = jax.tree.map(lambda scale: 2 * scale, variables)
+    for apply in (layer.apply, jax.jit(layer.apply)):
+        close(apply(scaled, X), 2 * rmsjax.rms_normalize(X))
+    grads = jax.grad(lambda v: layer.apply(v, X).sum())(variables)
+    assert jax.tree.structure(grads) == jax.tree.structure(variables)
+    np.testing.assert_allclose(
+        *jax.tree.leaves(grads),
+        rmsjax.rms_normalize(X).sum(0 if feature_axes != -1 else (0, 1)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    with pytest.raises(ValueError, match=r"RMSNorm: the scale has size .* but axis .* initialise the layer with an x"):
+        layer.apply(variables, X[..., :3])
+
+
+@boxings
+def test_stacked_linen_scales_in_boxes(boxing):
+    class Block(flax_linen.Module):
+        @flax_linen.compact
+        def __call__(self, x, _):
+            return rmsjax.linen.RMSNorm(scale_init=BOXING[boxing](("embed",)), name="norm")(x), None
+
+    stack = flax_linen.scan(
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=3,
+        metadata_params={flax_linen.PARTITION_NAME: "layers"},
+    )()
+    variables = stack.init(jax.random.key(0), X, None)
+    assert variables["params"]["norm"]["scale"].names == ("layers", "embed")
+    scaled = jax.tree.map(lambda scale: scale * jnp.array([[2.0], [1.0], [5.0]]), variables)
+    got = jax.jit(stack.apply)(scaled, X, None)[0]
+    np.testing.assert_allclose(got, 5 * rmsjax.rms_normalize(X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("boxing", ["partitioned", "logically"])  # the bridge takes one box
+def test_linen_scale_in_a_box_through_the_bridge(boxing):
+    layer = rmsjax.linen.RMSNorm(scale_init=BOXING[boxing](("embed",)))
+    mesh = jax.make_mesh((2,), ("embed",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh):
+        bridged = flax_nnx.bridge.ToNNX(layer, rngs=flax_nnx.Rngs(0)).lazy_init(X)
+        close(bridged(X), rmsjax.rms_normalize(X))
+
+
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 

@@ -12,6 +12,7 @@ import pytest
 from flax import linen, nnx
 
 from rmsjax import rms, rms_by_path, tree_rms
+from rmsjax._boxes import unboxed
 
 RNG = np.random.default_rng(0)
 W, B, S = (RNG.normal(size=shape).astype(np.float32) for shape in [(4, 6), (6,), (3, 4, 5)])
@@ -142,7 +143,7 @@ def test_containers(tree, paths):
     assert list(got) == paths
     np.testing.assert_allclose(list(got.values()), [pooled(B), pooled(W)], rtol=1e-6)
     np.testing.assert_allclose(tree_rms(tree), pooled(W, B), rtol=1e-6)
-    assert jax.tree.structure(tree_rms(tree, "block")) == jax.tree.structure(tree)
+    assert jax.tree.structure(tree_rms(tree, "block")) == jax.tree.structure(unboxed(tree))
     assert list(rms_by_path(tree, sep=".")) == [path.replace("/", ".") for path in paths]
 
 
