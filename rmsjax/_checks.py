@@ -137,16 +137,19 @@ def as_full_rank(function: str, argument: str, value: Array, shape: tuple[int, .
 def as_threshold(function: str, argument: str, value: Any) -> Any:
     """A number that is at least 0; a traced one, of which nothing is known, is brought to at least 0 (or stays NaN).
 
-    A schedule that runs below zero would otherwise turn the sign of what it scales.
+    A schedule that runs below zero would otherwise turn the sign of what it scales. A known one is a Python number
+    from here on: of a JAX array under jit, even one with a value, whatever is computed or asked is traced.
     """
-    if isinstance(value, Tracer):
-        return jnp.where(value < 0, 0, value)  # not `maximum`, whose derivative at 0 is 1/2
-    array = np.asarray(value)
+    is_traced = isinstance(value, Tracer)
+    array = value if is_traced else np.asarray(value)
     if array.ndim or not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"{function}: {argument} must be a number, got {value!r:.80}")
-    if not array >= 0:
+    if is_traced:
+        return jnp.where(value < 0, 0, value)  # not `maximum`, whose derivative at 0 is 1/2
+    number = int(array) if jnp.issubdtype(array.dtype, jnp.integer) else float(array)
+    if not number >= 0:
         raise ValueError(f"{function}: {argument} must be at least 0, got {value}")
-    return value
+    return number
 
 
 def as_result_dtype(function: str, dtype: Any, x: Array) -> np.dtype[Any]:

@@ -754,7 +754,7 @@ def stable_adamw(
 def _by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     if callable(learning_rate):
         return optax.scale_by_learning_rate(learning_rate)
-    if not isinstance(learning_rate, Array) or learning_rate.ndim:
+    if not isinstance(learning_rate, jax.core.Tracer) or learning_rate.ndim:
         as_number("stable_adamw", "learning_rate", learning_rate)
     # Not optax.scale: by a traced float32 number it turns bfloat16 updates into float32.
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: times(u, -jnp.asarray(learning_rate)), updates))

@@ -743,6 +743,62 @@ def test_b2_near_one_is_not_rounded():
     np.testing.assert_allclose(state.grad_rms, 3 * np.sqrt((0.9999 + 4) / 1.9999), rtol=3e-7)
 
 
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def with_number(factory, argument, **rest):
+    def use(number):
+        tx = factory(**{argument: number}, **rest)
+        return run(tx, PARAMS, at(GRADS, 1))
+
+    return use
+
+
+NUMBERS = {
+    f"{factory.__name__} {argument}": with_number(factory, argument, **rest)
+    for factory, argument, rest in (
+        (rmsjax.clip_by_rms, "max_rms", {}),
+        (rmsjax.clip_by_relative_rms, "max_ratio", {}),
+        (rmsjax.clip_by_relative_rms, "min_rms", {"max_ratio": 0.5}),
+        (rmsjax.normalize_by_rms, "target", {}),
+        (rmsjax.normalize_by_rms, "epsilon", {}),
+        (rmsjax.record_rms, "ema_decay", {}),
+        *((rmsjax.stable_adamw, name, {"learning_rate": 0.5}) for name in ("b1", "b2", "eps", "weight_decay")),
+        (rmsjax.stable_adamw, "learning_rate", {}),
+    )
+} | {
+    "rms_penalty target": lambda number: rmsjax.rms_penalty(PARAMS, number),
+    "rms_normalize epsilon": lambda number: rmsjax.rms_normalize(PARAMS["stack"], epsilon=number),
+    "rms_normalize scale_offset": lambda number: rmsjax.rms_normalize(
+        PARAMS["stack"], jnp.ones(5), scale_offset=number
+    ),
+}
+KINDS_OF_NUMBERS = (np.float32, np.array, jnp.bfloat16, jnp.asarray)
+
+
+@pytest.mark.parametrize("use", NUMBERS)
+def test_a_known_number_may_be_of_any_kind(use):
+    """Under jit a JAX array may be known, and yet nothing that is computed with it."""
+    numbers = [0.25, *(kind(0.25) for kind in KINDS_OF_NUMBERS)]
+    expected, *got = jax.jit(lambda: [NUMBERS[use](number) for number in numbers])()
+    for result in got:
+        close(result, expected)
+    for bad in jnp.float32(jnp.nan), jnp.ones(2):
+        with pytest.raises((ValueError, TypeError), match="must be"):
+            jax.eval_shape(lambda bad=bad: NUMBERS[use](bad))
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_injected_arrays_under_jit(name):
+    """`inject_hyperparams` calls the factory within init and update, there with what is traced."""
+    hyper = {ELEMENTS[name].hyper: jnp.float32(0.25)} | ({"b2": jnp.float32(0.75)} if "stable" in name else {})
+    tx = optax.inject_hyperparams(ELEMENTS[name].factory)(**hyper)
+    state = jax.jit(tx.init)(PARAMS)
+    updates, state = jax.jit(tx.update)(at(GRADS, 1), state, PARAMS)
+    plain = ELEMENTS[name].factory(**jax.tree.map(float, hyper))
+    close((updates, state.inner_state), run(plain, PARAMS, at(GRADS, 1)))
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
