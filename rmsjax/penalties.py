@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rmsjax._checks import as_mapped, as_threshold
-from rmsjax._reduce import accumulator_dtype
+from rmsjax._reduce import Mapped, PerPool, Pool, accumulator_dtype, real_parts
 from rmsjax._tree import Scope, group, measure
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def rms_penalty(
 
     What doubling a tensor costs does not depend on its number of elements, so one coefficient holds a tensor, or an
     activation, to a level at every width. A sum of squares (weight decay in the loss) grows with that number, and a
-    mean of squares knows no level but zero. The derivative is finite everywhere, and 0 for a tensor of zeros.
+    mean of squares knows no level but zero. The derivative is finite everywhere, and 0 for a tensor of zeros. With
+    target 0 the penalty is the mean square, also in its second derivative.
 
     Args:
         tree: parameters, activations: any pytree of floating or complex arrays.
@@ -66,10 +67,29 @@ def rms_penalty(
         raise ValueError(f"{name}: kind must be 'two_sided' or 'ceiling', got {kind!r}")
     grouping, mapped = group(name, tree, scope, kind=jnp.inexact), as_mapped(name, axis_name)
     filled = tuple(pool for pool in grouping.pools if any(grouping.leaves[i].size for i in pool.members))
-    norms = jax.tree.leaves(measure(grouping._replace(pools=filled), mapped)) if filled else []
+    norms = measure(grouping._replace(pools=filled), mapped) if filled else PerPool((), ())
     total = jnp.zeros((), accumulator_dtype(*(leaf.dtype for leaf in grouping.leaves)))
-    for norm in norms:
+    for norm in norms.values:
         excess = norm - jnp.asarray(target, norm.dtype)
         excess = jnp.maximum(excess, 0) if kind == "ceiling" else excess
         total += jnp.sum(jnp.square(excess))
-    return total / max(sum(norm.size for norm in norms), 1)
+    if isinstance(target, Array) or target == 0:
+        for pool, norm in zip(filled, norms.entries(), strict=True):
+            size = norm + jnp.asarray(target, norm.dtype)  # 0 where both are
+            total += jnp.sum(_mean_square_at_zero(grouping.leaves, pool, size, mapped))
+    return total / max(sum(norm.size for norm in norms.values), 1)
+
+
+def _mean_square_at_zero(leaves: Sequence[Array], pool: Pool, norm: Array, mapped: Mapped) -> Array:
+    """Of a pool of zeros the number 0 with the derivatives of its mean square, of any other the number 0.
+
+    The norm counts as constant at zero, so that its square has no second derivative there; the mean square has 2/n.
+    """
+    total, count = jnp.zeros_like(norm), 0.0
+    for leaf in (leaves[i] for i in pool.members):
+        over = mapped.over(leaf)
+        parts = real_parts(jnp.where(norm == 0, leaf, 0), norm.dtype)
+        squares = sum(map(jnp.square, parts[1:]), jnp.square(parts[0]))
+        total += over.psum(jnp.sum(squares, pool.axes, keepdims=pool.axes is not None))
+        count += leaf.size / norm.size * over.shards()
+    return total / max(count, 1.0)

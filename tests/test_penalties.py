@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -143,6 +144,80 @@ def test_same_strength_at_every_width():
             assert loss < 0.3
         assert narrow(0.0, 0.0)[0] > 1.3 * wide(0.0, 0.0)[0]
         assert wide(0.0, 1.0)[0] < 0.4 * LEVEL
+
+
+def mean_squares(tree, scope):
+    """The mean of all mean squares; the pools of the scope are those of `SCOPES`."""
+    if scope == "global":
+        flat = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        return jnp.mean(flat**2)
+    if scope == "block":
+        means = [jnp.mean(leaf**2) for leaf in jax.tree.leaves(tree)]
+    elif scope == 0:
+        means = [jnp.mean(leaf**2, 0) for leaf in jax.tree.leaves(tree)]
+    else:
+        dense = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree["dense"])])
+        means = [jnp.mean(dense**2), jnp.mean(tree["stack"] ** 2, (1, 2))]
+    return jnp.mean(jnp.concatenate([jnp.ravel(mean) for mean in means]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_with_target_zero_it_is_the_mean_square(scope, kind):
+    """In its second derivative too, at zero, where the norm has none, and elsewhere, for a traced target as well."""
+    scope = SCOPES[scope][0]
+    tree = TREE | {"stack": TREE["stack"][:, :2, :2]}
+    stack_and_zeros = jax.tree.map(np.zeros_like, tree) | {"stack": tree["stack"] * np.float32([[[0]], [[1]], [[2]]])}
+    points, unflatten = [], jax.flatten_util.ravel_pytree(tree)[1]
+    for point in (jax.tree.map(np.zeros_like, tree), stack_and_zeros, tree):
+        np.testing.assert_allclose(rms_penalty(point, 0.0, scope, kind), mean_squares(point, scope), rtol=1e-6)
+        points.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(point)]))
+
+    def penalty(x, target):
+        return rms_penalty(unflatten(x), target, scope, kind)
+
+    expected = jax.jit(jax.hessian(lambda x: mean_squares(unflatten(x), scope)))(points[0])
+    known = jax.jit(jax.vmap(jax.hessian(partial(penalty, target=0))))(np.stack(points))
+    traced = jax.jit(jax.vmap(jax.jacrev(jax.grad(penalty)), (0, None)))(np.stack(points), 0.0)
+    for got in (*known, *traced):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+def test_second_derivative_at_zero(dtype):
+    """2/n with target 0; above it a pool of zeros stays a point of its own, and one of numbers out of range finite."""
+
+    def penalty(x, target=0.0):
+        return rms_penalty(jax.lax.complex(x, x) if dtype == jnp.complex64 else x, target)
+
+    n = 3
+    factor = 2 if dtype == jnp.complex64 else 1
+    np.testing.assert_allclose(jax.hessian(penalty)(jnp.zeros(n)), factor * 2 / n * np.eye(n), rtol=1e-6)
+    for x in (jnp.zeros(n), jnp.full(n, 1e-30), jnp.full(n, 1e15)):
+        for target in (0.0, 1.0):
+            assert np.isfinite(jax.hessian(penalty)(x, target)).all()
+            assert np.isfinite(jax.grad(penalty)(x, target)).all()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_second_derivative_over_devices(check_vma):
+    """A leaf that is split counts all its elements, one that is whole is counted once."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    f = jax.shard_map(
+        lambda split, whole: rms_penalty(split, 0.0, axis_name="x") + rms_penalty(whole, 0.0),
+        mesh=mesh,
+        in_specs=(P("x"), P()),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    v = jnp.arange(8.0), jnp.arange(3.0)
+
+    def along(f):
+        zeros = jax.tree.map(jnp.zeros_like, v)
+        return jax.jit(lambda: jax.jvp(jax.grad(lambda pair: f(*pair)), (zeros,), (v,))[1])()
+
+    got, want = along(f), along(lambda split, whole: jnp.mean(split**2) + jnp.mean(whole**2))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-6), got, want)
 
 
 @pytest.mark.parametrize(
