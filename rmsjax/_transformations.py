@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +37,19 @@ Steps = Generator[tuple[Callable[..., Any], Sequence[Any]], Any, None]
 # Batches are made of this many different examples: a rule that mixes up examples then shows.
 _EXAMPLES = 3
 
+_STEPS = 4  # of finite differences
+_DOUBT = 0.01  # what they may disagree by, relative to values and slopes
+_NARROW = re.compile(r"\b(bf16|f16|f32|c64|f8\w*)\[")  # a type in a program in print that is less than float64
+
 
 class NotApplicable(Exception):
     """Why a transformation has no meaning for a function."""
+
+
+def _x64() -> contextlib.AbstractContextManager[None]:
+    """Within it, JAX has 64-bit types."""
+    enable: Any = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # pyright: ignore
+    return enable(True)
 
 
 def _is_inexact(x: Any) -> bool:
@@ -76,11 +88,27 @@ def _inner(xs: Sequence[Any], ys: Sequence[Any]) -> float:
 
 
 def _example(inputs: Sequence[Any], k: int) -> Arrays:
-    """The inputs, with every float multiplied by a factor in [1/2, 1] if k > 0, so that signs and zeros stay."""
+    """The inputs, all of them changed if k > 0, in ways that leave an input what it is.
+
+    Floats are multiplied by factors in [1/2, 1], so that signs and zeros stay; integers go k towards zero, so that what
+    is an index stays one, and zeros up if there is nothing else; of booleans one is flipped, and a key is another key.
+    """
     if k == 0:
         return list(inputs)
     rng = np.random.default_rng(k)
-    return [x * jnp.asarray(rng.uniform(0.5, 1.0, x.shape), x.dtype) if _is_inexact(x) else x for x in inputs]
+
+    def vary(x: Any) -> Any:
+        if _is_inexact(x):
+            return x * jnp.asarray(rng.uniform(0.5, 1.0, x.shape), x.dtype)
+        if _is_key(x):
+            return jax.random.wrap_key_data(
+                jnp.bitwise_xor(jax.random.key_data(x), jnp.uint32(k)), impl=jax.random.key_impl(x)
+            )
+        if x.dtype == bool:
+            return x ^ (np.arange(x.size) == k % max(x.size, 1)).reshape(x.shape)
+        return x - jnp.sign(x) * jnp.minimum(jnp.abs(x), k) if np.any(x) else x + k % 2  # of a weak type, if x is
+
+    return [vary(x) for x in inputs]
 
 
 def _batch(per_example: Sequence[Arrays], numbers: Any) -> Arrays:
@@ -149,10 +177,11 @@ def _eps(*dtypes: Any) -> float:
 
 
 class Slope(NamedTuple):
-    """A derivative by differences of values, and the coarsest type among those that went into it."""
+    """A derivative by differences of values, the coarsest type of the function, and how far steps disagree on it."""
 
     value: np.ndarray[Any, Any]
     dtype: Any
+    doubt: float = 0.0
 
 
 class Subject:
@@ -170,7 +199,9 @@ class Subject:
         names = [f"argument {path[0].idx}{jax.tree_util.keystr(path[1:])}" for path, _ in with_paths]
         self.inputs: Arrays = []
         self.names: list[str] = []
+        self.arguments: dict[str, Sequence[int]] = {}  # where the parts of each array are among the inputs
         for name, leaf, is_complex in zip(names, leaves, self._is_complex, strict=True):
+            self.arguments[name] = range(len(self.inputs), len(self.inputs) + 1 + is_complex)
             self.inputs += [leaf.real, leaf.imag] if is_complex else [leaf]
             self.names += [f"real part of {name}", f"imaginary part of {name}"] if is_complex else [name]
         self.moving = tuple(i for i, x in enumerate(self.inputs) if _is_inexact(x))
@@ -306,24 +337,53 @@ class Subject:
     def slopes(self, f: Flat, direction: Sequence[Any] | None = None) -> list[Slope]:
         """The derivative of f in a direction: by finite differences, or by JAX where these are not wanted.
 
-        Five points, at a step that balances rounding against the fourth power of the step. In types of fewer than 32
-        bits differences are mostly rounding, so they are taken in float32.
+        In float64 wherever the function computes in that throughout, or else, since differences of narrow types are
+        mostly rounding, in float32. Five points, at steps from one that balances rounding against the fourth power of
+        the step down to where rounding takes up the tolerance: a large step may reach a kink, or be large for a
+        function that is steep. The two neighbouring steps that agree best are believed.
         """
         xs, vs = self.points[-1] if self.finite_differences else self.points[0]
         if direction is not None:
             vs = [jnp.asarray(v, x.dtype) for x, v in zip(xs, direction, strict=True)]
         if not self.finite_differences:
             return [Slope(_wide(slope), slope.dtype) for slope in self._jvp(f, tuple(xs), tuple(vs))]
-        coarsest = [max((y.dtype, *(x.dtype for x in xs)), key=_eps) for y in f(*xs)]
-        step = _eps(*coarsest) ** 0.2
+        dtypes = [max((y.dtype, *(x.dtype for x in xs)), key=_eps) for y in f(*xs)]
+        dtype = np.float64 if self.is_in_float64 else max(dtypes, key=_eps)
+        xs, vs = ([np.asarray(x, np.float64 if self.is_in_float64 else x.dtype) for x in each] for each in (xs, vs))
 
-        def at(k: int) -> Arrays:
-            return [_wide(y) for y in f(*[x + jnp.asarray(k * step, x.dtype) * v for x, v in zip(xs, vs, strict=True)])]
+        def differences(step: float) -> list[np.ndarray[Any, Any]]:
+            def at(k: int) -> Arrays:
+                moved = [x + np.asarray(k * step, x.dtype) * v for x, v in zip(xs, vs, strict=True)]
+                return [_wide(y) for y in f(*moved)]
 
-        return [
-            Slope(_minus(8 * _minus(right, left), _minus(far_right, far_left)) / (12 * step), dtype)
-            for right, left, far_right, far_left, dtype in zip(at(1), at(-1), at(2), at(-2), coarsest, strict=True)
-        ]
+            return [
+                _minus(8 * _minus(right, left), _minus(far_right, far_left)) / (12 * step)
+                for right, left, far_right, far_left in zip(at(1), at(-1), at(2), at(-2), strict=True)
+            ]
+
+        with _x64() if self.is_in_float64 else contextlib.nullcontext():
+            tried = [differences(_eps(dtype) ** power) for power in np.linspace(0.2, 0.4, _STEPS)]
+
+        def settled(of_steps: Sequence[np.ndarray[Any, Any]], dtype: Any) -> Slope:
+            doubts = [float(np.max(np.abs(_minus(*pair)), initial=0.0)) for pair in pairwise(of_steps)]
+            best = int(np.argmin(np.nan_to_num(doubts, nan=np.inf)))
+            return Slope(of_steps[best + 1], dtype, doubts[best])
+
+        return [settled(of_steps, dtype) for of_steps, dtype in zip(zip(*tried, strict=True), dtypes, strict=True)]
+
+    @cached_property
+    def is_in_float64(self) -> bool:
+        """Whether the function, given its inputs in float64, computes in that alone, and to the same values."""
+        try:
+            with _x64():
+                inputs = [_widened(x, jnp.float64) for x in self.inputs]
+                if _NARROW.search(str(self.program.trace(*inputs).jaxpr)):
+                    return False
+                values = self.program(*inputs)[0]
+            self.check_values(values, self.values[0], dtype=False)
+        except Exception:  # then it is not, and another check may have more to say of that
+            return False
+        return True
 
     def _values_at(self, *moving: Any) -> Arrays:
         return _real(self.program(*self.put(moving))[0])
@@ -346,9 +406,21 @@ class Subject:
             alone = [v if i == j else jnp.zeros_like(v) for j, v in enumerate(self.direction)]
             slopes = self.slopes(self._values_at, alone)
             value = _inner(self.weights, [slope.value for slope in slopes])
-            return Slope(np.asarray(value), max((slope.dtype for slope in slopes), key=_eps))
+            doubt = sum(float(np.sum(np.abs(w))) * slope.doubt for w, slope in zip(self.weights, slopes, strict=True))
+            return Slope(np.asarray(value), max((slope.dtype for slope in slopes), key=_eps), doubt)
 
         return [along(i) for i in range(len(self.moving))]
+
+    @cached_property
+    def loss_size(self) -> float:
+        """The size of the terms of the loss, those that are finite."""
+        outputs = [np.abs(_wide(y)) for y in _real(self.values[0])]
+        return _inner([np.abs(w) for w in self.weights], [np.where(np.isfinite(y), y, 0.0) for y in outputs])
+
+    def gradient_size(self, i: int) -> float:
+        """The size of what a gradient with respect to an input may be a small difference of: loss over input."""
+        x = np.abs(_wide(self.inputs[i]))
+        return self.loss_size / (float(np.max(x, where=np.isfinite(x), initial=0.0)) or 1.0)
 
     # ------------------------------------------------------------------------------------------------ the checks
 
@@ -369,7 +441,8 @@ class Subject:
         """Gradients of a transformed function against those of the function itself."""
         for i, g, w in zip(self.moving, got, want, strict=True):
             name = f"the gradient with respect to {self.names[i]}"
-            _check_close(name, g, w, 2 * self.tolerance(w.dtype), atol=self.atol, dtype=dtype)
+            tolerance, scale = 2 * self.tolerance(w.dtype), self.gradient_size(i)
+            _check_close(name, g, w, tolerance, scale=scale, atol=self.atol, dtype=dtype)
 
     def check_transformed(self, outputs: tuple[Arrays, Arrays], numbers: Any = 0, *, dtype: bool = True) -> None:
         """Values and gradients of a transformed function, for the examples with these numbers."""
@@ -384,10 +457,9 @@ class Subject:
 
     def check_gradient_slopes(self, got: Sequence[Any]) -> None:
         """A gradient against the slopes of the function."""
-        size = _inner([np.abs(w) for w in self.weights], [np.abs(_wide(y)) for y in _real(self.values[0])])
         for i, g, v, slope in zip(self.moving, got, self.direction, self.loss_slopes, strict=True):
             name = f"the gradient with respect to {self.names[i]}, along a random direction,"
-            self._check_slope(name, _inner([g], [v]), slope, size, g.dtype)
+            self._check_slope(name, _inner([g], [v]), slope, self.loss_size, g.dtype)
 
     def check_tangents(self, got: Sequence[Any], dtypes: Sequence[Any] | None = None) -> None:
         """The derivative of the outputs in the direction, from numbers of these types; by default those of got."""
@@ -400,7 +472,8 @@ class Subject:
         """A matrix of second derivatives of the loss, in the direction."""
         for i, row, slope, g in zip(self.moving, hessian, self.gradient_slopes, self.gradients[0], strict=True):
             name = f"the derivative of the gradient with respect to {self.names[i]}, in a random direction,"
-            self._check_slope(name, *self.contract(row)[:1], slope, g, self.contract(row)[1])
+            derivative, dtype = self.contract(row)
+            self._check_slope(name, derivative, slope, [*np.ravel(_wide(g)), self.gradient_size(i)], dtype)
 
     def contract(self, derivatives: Sequence[Any]) -> tuple[np.ndarray[Any, Any], Any]:
         """A row of a Jacobian in the direction, and the coarsest of its types."""
@@ -413,7 +486,9 @@ class Subject:
         size = float(np.max(np.abs(value), where=np.isfinite(value), initial=0.0))
         # The error of the differences, and a few roundings on the way to what JAX gives.
         tolerance = max(_eps(slope.dtype) ** 0.6 + 4 * _eps(dtype), 10 * (self.rtol or 0.0))
-        _check_close(name, np.asarray(got), slope.value, tolerance, scale=size, atol=self.atol, dtype=False)
+        size = max(size, float(np.max(np.abs(slope.value), where=np.isfinite(slope.value), initial=0.0)))
+        doubt = min(slope.doubt, _DOUBT * size)  # beyond that there is no slope
+        _check_close(name, np.asarray(got), slope.value, tolerance, scale=size, atol=self.atol + doubt, dtype=False)
 
 
 def check_arrays(what: str, tree: Any) -> None:
@@ -532,27 +607,37 @@ def _jit(s: Subject) -> Steps:
 
 @_transformation
 def _vmap(s: Subject) -> Steps:
-    """Over the last axes, and over the first argument alone if there are others; leading axes are for `nested_vmap`."""
+    """Over the last axes, and over each argument alone if there are several; leading axes are for `nested_vmap`."""
     numbers = np.arange(_EXAMPLES)
-    batch, others = _batch(s.examples, numbers), s.inputs[1:]
-    over_last, over_first = "with in_axes=-1 and out_axes=-1", f"over {s.names[0]} alone"
+    batch = _batch(s.examples, numbers)
+    over_last = "with in_axes=-1 and out_axes=-1"
+    alone = {f"over {name} alone": places for name, places in s.arguments.items()} if len(s.arguments) > 1 else {}
 
     def last(*batch: Any) -> Arrays:
         outputs = jax.vmap(s.flat, in_axes=-1, out_axes=-1)(*[jnp.moveaxis(x, 0, -1) for x in batch])
         return [jnp.moveaxis(y, -1, 0) for y in outputs]
 
-    def run(batch: Any, others: Any) -> Any:
+    def only(places: Sequence[int], batch: Sequence[Any], inputs: Sequence[Any]) -> Arrays:
+        """With what is in these places taken from the batch."""
+        return [batch[i] if i in places else x for i, x in enumerate(inputs)]
+
+    def run(batch: Any, inputs: Any) -> Any:
         with _says(over_last):
             outputs = s.with_gradient(last, batch_dims=1)(*batch)
-        with _says(over_first):
-            return outputs, jax.vmap(s.flat, in_axes=(0, *[None] * len(others)))(batch[0], *others) if others else []
+        values: dict[str, Arrays] = {}
+        for which, places in alone.items():
+            with _says(which):
+                axes = [0 if i in places else None for i in range(len(inputs))]
+                values[which] = jax.vmap(s.flat, in_axes=axes)(*only(places, batch, inputs))
+        return outputs, values
 
-    outputs, values = yield run, (batch, others)
+    outputs, values = yield run, (batch, s.inputs)
     with _says(over_last):
         s.check_transformed(outputs, numbers)
-    if others:
-        with _says(over_first):
-            s.check_values(values, _batch([s.flat(example[0], *others) for example in s.examples], numbers))
+    for which, places in alone.items():
+        with _says(which):
+            wanted = [s.flat(*only(places, example, s.inputs)) for example in s.examples]
+            s.check_values(values[which], _batch(wanted, numbers))
 
 
 @_transformation
@@ -576,9 +661,8 @@ def _value_and_grad(s: Subject) -> Steps:
     loss = s.loss_of(s.flat)
     value, gradients = yield jax.value_and_grad(loss, s.moving), s.inputs
     want = jnp.asarray(_inner(s.weights, _real(s.values[0])), value.dtype)
-    size = _inner([np.abs(w) for w in s.weights], [np.abs(_wide(y)) for y in _real(s.values[0])])
     tolerance = max(s.tolerance(y.dtype) for y in s.values[0])
-    _check_close("the weighted sum of the outputs", value, want, tolerance, scale=size, atol=s.atol)
+    _check_close("the weighted sum of the outputs", value, want, tolerance, scale=s.loss_size, atol=s.atol)
     s.check_gradient_slopes(gradients)
 
 
@@ -825,13 +909,11 @@ def _nnx_grad(s: Subject) -> Steps:
 @_transformation
 def _enable_x64(s: Subject) -> None:
     """With the inputs as they are, for dtypes, and with them in 64 bits."""
-    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # pyright: ignore
     _ = s.has_gradient and s.gradients  # now, not within the mode
-    with enable(True):
+    with _x64():
         _check_shapes(s)
         with _says("with float64 arguments"):
-            inputs = [_widened(x, jnp.float64) for x in s.inputs]
-            s.check_transformed(jax.jit(s.with_gradient(s.flat))(*inputs), dtype=False)
+            s.check_transformed(s.program(*[_widened(x, jnp.float64) for x in s.inputs]), dtype=False)
 
 
 def _trace(s: Subject) -> None:

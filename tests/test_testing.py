@@ -177,6 +177,115 @@ def test_first_example_for_all_under_vmap():
     assert failures(f, X, X, transforms=["jit", "vmap", "nested_vmap"]) == {"vmap", "nested_vmap"}
 
 
+def times(rule):
+    """x with the numbers that are made of y added, where a vmap follows the rule; differentiable in x."""
+
+    @custom_vmap
+    def f(x, y):
+        return x + numbers_of(y)
+
+    f.def_vmap(rule)
+    derivative = jax.custom_jvp(f)
+    derivative.defjvp(lambda xs, dxs: (derivative(*xs), dxs[0]))
+    return derivative
+
+
+def numbers_of(y):
+    if jnp.issubdtype(y.dtype, jax.dtypes.prng_key):
+        return jax.random.uniform(y)
+    return jnp.sum(y).astype(jnp.float32)
+
+
+NO_FLOATS = {
+    "integer": jnp.int32(3),
+    "one": jnp.uint8(1),
+    "zero": jnp.int32(0),
+    "integers": jnp.arange(4),
+    "boolean": jnp.asarray(True),
+    "mask": jnp.array([True, False, True]),
+    "key": jax.random.key(0),
+    "old key": jax.random.PRNGKey(0),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FLOATS)
+def test_number_of_the_first_example_for_all(kind):
+    """Examples differ in whatever they are made of, or else this would pass."""
+
+    def first_for_all(axis_size, in_batched, x, y):
+        y = y[0] if in_batched[1] else y
+        return x + numbers_of(y), in_batched[0]
+
+    def right(axis_size, in_batched, x, y):
+        numbers = jax.vmap(numbers_of)(y) if in_batched[1] else numbers_of(y)
+        x = x if in_batched[0] else jnp.broadcast_to(x, (axis_size, *x.shape))
+        return x + numbers.reshape(-1, *[1] * (x.ndim - 1)), True
+
+    y = NO_FLOATS[kind]
+    assert failures(times(first_for_all), X, y, transforms=["jit", "vmap", "nested_vmap"]) == {"vmap", "nested_vmap"}
+    assert_transform_invariant(times(right), X, y, transforms=["jit", "vmap", "nested_vmap", "scan", "shard_map"])
+
+
+@pytest.mark.parametrize("wrong", [(0,), (1,), (2,)])
+def test_wrong_for_one_argument_batched_alone(wrong):
+    @custom_vmap
+    def add(x, y, z):
+        return x + y + z
+
+    @add.def_vmap
+    def _(axis_size, in_batched, x, y, z):
+        batched = [i for i, yes in enumerate(in_batched) if yes]
+        return x + y + z + float(tuple(batched) == wrong), True
+
+    names = ["argument 0", "argument 1['y']", "argument 1['z']"]
+    with pytest.raises(TransformationError) as caught, jax.numpy_rank_promotion("allow"):
+        assert_transform_invariant(lambda x, t: add(x, t["y"], t["z"]), X, {"y": X, "z": X}, transforms=["vmap"])
+    assert caught.value.failures["vmap"].startswith(f"over {names[wrong[0]]} alone: output is off by 1")
+
+
+STEEP = {
+    "sine": (jnp.sin, [10.0, -7.0]),
+    "tanh": (jnp.tanh, [4.0, -7.0]),
+    "softmax": (jax.nn.softmax, [10.0, -30.0, 3.0]),
+    "clip": (lambda x: jnp.clip(x, -1, 1), [0.95, 2.0]),
+    "relu": (jax.nn.relu, [1.0, 1e-3, -1e-3]),
+    "exponential": (lambda x: jnp.exp(10 * x), [1.0, -0.5, 0.3]),
+    "logarithm": (jnp.log, [1.01, 1e-3, 100.0]),
+    "root": (jnp.sqrt, [1e-6, 1.0, 1e6]),
+    "sigmoid": (jax.nn.sigmoid, [20.0, -3.0]),
+    "logsumexp": (jax.nn.logsumexp, [50.0, 49.0, -10.0]),
+    "power": (lambda x: x**9, [1.0, -2.0, 0.5]),
+    "near the end": (jnp.arcsin, [0.97, -0.5]),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, "float32 within"])
+@pytest.mark.parametrize("name", STEEP)
+def test_right_functions_that_are_steep_or_near_a_kink(name, dtype):
+    """Differences over some percent of an element say nothing of these."""
+    f, x = STEEP[name]
+    g = (lambda x: f(x.astype(jnp.float32)).astype(x.dtype)) if dtype == "float32 within" else f
+    x = jnp.array(x, jnp.float32 if dtype == "float32 within" else dtype)
+    some = sorted(FIRST | SECOND | {"enable_x64", "vmap"})
+    if dtype == jnp.bfloat16:  # its own rounding of a second derivative is no matter here
+        some = sorted(FIRST)
+    assert_transform_invariant(g, x, transforms=some)
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_a_thousandth_of_the_derivative_is_seen(name):
+    """Where the derivative is not lost beside the value."""
+    f, x = STEEP[name]
+
+    @jax.custom_jvp
+    def wrong(x):
+        return f(x)
+
+    wrong.defjvp(lambda xs, dxs: (wrong(*xs), 1.001 * jax.jvp(f, xs, dxs)[1]))
+    lost = name in ("tanh", "sigmoid", "softmax")  # where these are flat
+    assert failures(wrong, jnp.array(x) / (8 if lost else 1), transforms=["grad", "jvp"]) == {"grad", "jvp"}
+
+
 def test_unmapped_argument_that_a_batching_rule_takes_for_mapped():
     f = batching_rule(lambda axis_size, in_batched, x, y: (x + y.reshape(x.shape), True))
     with pytest.raises(TransformationError, match="vmap: over argument 0 alone: TypeError: cannot reshape"):
