@@ -33,7 +33,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from rmsjax._checks import as_numeric
 from rmsjax._norm import rms_normalize
@@ -234,8 +234,8 @@ def rotation_between(x: Float[ArrayLike, " n"], y: Float[ArrayLike, " n"]) -> Fl
     r"""The rotation R with $Rx/\|x\| = y/\|y\|$ in the plane of x and y: what is orthogonal to the plane stays.
 
     The reason why Theorem 1 holds: rotations carry x to every y of the same length, so an invariant f is constant on
-    spheres. With orthogonal unit vectors a, w in the plane, a = x/‖x‖, and y = ‖y‖(c a + s w), it is
-    $I + (c - 1)(aa^T + ww^T) + s(wa^T - aw^T)$.
+    spheres. With the unit vectors a = x/‖x‖ and h halfway between x and y it is the product of two reflections,
+    $(I - 2hh^T)(I - 2aa^T)$, and so orthogonal to rounding wherever y is.
 
     Args:
         x: a vector other than zero.
@@ -257,7 +257,7 @@ def rotation_between(x: Float[ArrayLike, " n"], y: Float[ArrayLike, " n"]) -> Fl
         >>> bool(jnp.allclose(R, jnp.array([[0.0, -1.0], [1.0, 0.0]]), atol=1e-6))
         True
 
-    Source: Golub and Van Loan, Matrix Computations, section 5.1.8 (Givens rotations), in the basis a, w.
+    Source: Golub and Van Loan, Matrix Computations, section 5.1.2 (Householder reflections).
     """
     x = as_numeric("rotation_between", "x", x, kind=jnp.floating)
     y = as_numeric("rotation_between", "y", y, kind=jnp.floating)
@@ -274,14 +274,19 @@ def _rotation_between(x: Array, y: Array) -> Array:
     n, dtype = x.shape[0], accumulator_dtype(x.dtype, y.dtype)
     directions = rms_normalize(jnp.stack([x.astype(dtype), y.astype(dtype)]), epsilon=0)
     a, b = jnp.where(jnp.any(directions, axis=1, keepdims=True), directions, jnp.nan)
-    toward_b = _reject(b, a)
+    if n == 1:
+        return jnp.outer(b, a)
+    # A difference that may be all rounding: computed once, or XLA computes it twice, each time with another rounding.
+    toward_b = lax.optimization_barrier(_reject(b, a))
     elsewhere = jax.nn.one_hot(jnp.argmin(jnp.abs(a)), n, dtype=dtype)
     w = jnp.where(jnp.max(jnp.abs(toward_b)) > 8 * jnp.finfo(dtype).eps, toward_b, elsewhere)
     for _ in range(2):  # once more, since what is left of a after one time is not small where b is nearly a or -a
         w = _unit(_reject(w, a))
     cosine, sine = jnp.mean(a * b), jnp.mean(w * b)
-    stretched = (cosine - 1) * (jnp.outer(a, a) + jnp.outer(w, w))
-    return jnp.eye(n, dtype=dtype) + (stretched + sine * (jnp.outer(w, a) - jnp.outer(a, w))) / n
+    # Halfway between a and b, where a + b may be all rounding.
+    halfway = _unit(jnp.where(cosine > 0, a + b, w + sine / jnp.maximum(1 - cosine, 1) * a))
+    turned = 2 * jnp.mean(halfway * a) * jnp.outer(halfway, a) - jnp.outer(a, a) - jnp.outer(halfway, halfway)
+    return jnp.eye(n, dtype=dtype) + 2 / n * turned
 
 
 # ------------------------------------------------------------------------------------------------- theorems 1 and 2

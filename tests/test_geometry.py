@@ -235,6 +235,29 @@ def test_rotation_between(n):
             assert np.abs((R - np.eye(n)) @ (np.eye(n) - plane @ plane.T)).max() < 4e-6
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [2, 3, 5, 64])
+def test_rotation_between_vectors_that_are_nearly_equal_or_opposite(n, dtype, x64):
+    """However near: orthogonal, a rotation, and from x to y, as float64 sees it."""
+    rng, eps = np.random.default_rng(n), float(np.finfo(dtype).eps)
+    x, steps = rng.normal(size=(20, n)), 10.0 ** np.arange(-17, 1)
+    pairs = [(x, sign * x + step * rng.normal(size=x.shape)) for sign in (1, -1) for step in steps]
+    xs, ys = (np.concatenate(each).astype(dtype) for each in zip(*pairs, strict=True))
+    rotations = jax.jit(jax.vmap(geometry.rotation_between))(xs, ys)
+    assert rotations.dtype == dtype
+    bound = 40 * eps  # some roundings of numbers up to 4
+    rotations, xs, ys = (np.float64(each) for each in (rotations, xs, ys))
+    a, b = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (xs, ys))
+    assert np.abs(rotations.swapaxes(1, 2) @ rotations - np.eye(n)).max() < bound
+    assert np.abs(np.linalg.det(rotations) - 1).max() < bound
+    assert np.abs(np.einsum("kij,kj->ki", rotations, a) - b).max() < bound
+    # Off the plane that the rounded vectors span nothing moves, where that plane is known to some digits.
+    known = np.abs(np.abs(np.sum(a * b, 1)) - 1) > 1e-3
+    planes = np.linalg.qr(np.stack([a, b], 2)[known])[0]
+    off = np.eye(n) - planes @ planes.swapaxes(1, 2)
+    assert np.abs((rotations[known] - np.eye(n)) @ off).max() < 100 * bound
+
+
 def test_rotation_between_numbers():
     one = jnp.ones(1)
     assert geometry.rotation_between(one, 2 * one) == 1
