@@ -241,6 +241,15 @@ def test_what_is_not_finite_stays_visible(name, bad):
 # --------------------------------------------------------------------------------------------------------------- trees
 
 
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_callable_that_says_block_for_every_leaf(name):
+    """Is scope "block"."""
+    by_name, by_call = (
+        run(ELEMENTS[name].make(scope), PARAMS, at(GRADS, 1)) for scope in ("block", lambda path, leaf: "block")
+    )
+    close(by_call, by_name)
+
+
 TREES = {
     "array": lambda x: x,
     "no leaves": lambda x: {"a": None, "b": optax.MaskedNode(), "c": ()},

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from rmsjax import rms, rms_by_path, tree_rms
+from rmsjax import rms, rms_by_path, rms_penalty, tree_rms
 from rmsjax._boxes import unboxed
 
 RNG = np.random.default_rng(0)
@@ -61,6 +61,19 @@ def test_callable_sees_paths_and_mixes_scopes():
     np.testing.assert_allclose(got["dense"]["kernel"], pooled(W, B), rtol=1e-6)
     np.testing.assert_allclose(got["dense"]["bias"], pooled(W, B), rtol=1e-6)
     np.testing.assert_allclose(got["stack"][:, 0, 0], np.sqrt((S**2).mean((1, 2))), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [[(3,), (3,)], [(2, 3), (4,), (2, 3), ()], [(5000,), (8, 700), (3,)]], ids=str)
+def test_callable_that_says_block_for_every_leaf(shapes):
+    """Each leaf is by itself, also where leaves are alike; what is called "block" is not one pool of that name."""
+    leaves = [(i + 1) * RNG.normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)]
+    seen = [pooled(leaf) for leaf in leaves]
+    for scope in "block", lambda path, leaf: "block":
+        np.testing.assert_allclose(tree_rms(leaves, scope), seen, rtol=1e-6)
+        np.testing.assert_allclose([*rms_by_path(leaves, scope=scope).values()], seen, rtol=1e-6)
+        np.testing.assert_allclose(rms_penalty(leaves, 0.0, scope), np.mean(np.square(seen)), rtol=1e-6)
+    some = tree_rms(leaves, lambda path, leaf: "block" if path == "0" else "rest")
+    np.testing.assert_allclose(some[:2], [seen[0], pooled(*leaves[1:])], rtol=1e-6)
 
 
 def test_label_may_take_any_word_and_interleave():
