@@ -51,7 +51,9 @@ def as_axes(
     ndim = len(shape)
     if axis is None:
         return tuple(range(ndim))
-    given: tuple[Any, ...] = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    given: tuple[Any, ...] = (axis,)
+    with contextlib.suppress(TypeError):  # one number, of Python, NumPy or JAX
+        given = tuple(axis)  # pyright: ignore[reportArgumentType]
     try:
         if any(isinstance(a, bool) for a in given):
             raise TypeError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,20 +17,24 @@ from rmsjax._norm import normalize
 
 Axes = int | Sequence[int]
 
-_INERT = {
-    "use_fast_variance": "an RMS norm subtracts no mean, so there is only one variance to compute",
-    "force_float32_reductions": "reductions are always in float32 or wider",
-}
+
+def check_inert(use_fast_variance: Any, force_float32_reductions: Any) -> None:
+    """What Flax has and an RMS norm has no use for: taken, with a word, so that code for Flax runs as it is."""
+    if not force_float32_reductions:
+        raise ValueError(
+            "RMSNorm: force_float32_reductions must be True, got False; reductions are always in float32 or wider"
+        )
+    if use_fast_variance is not None:
+        warnings.warn(  # as from here, not from where the layer is made: one warning for a model of many layers
+            "rmsjax RMSNorm: use_fast_variance does nothing, since an RMS norm subtracts no mean; leave it out",
+            stacklevel=1,
+        )
 
 
-class RejectsInertArguments:
-    """Flax takes arguments for RMSNorm that do nothing, or that would lose precision; say so instead."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        del args
-        for name in _INERT.keys() & kwargs.keys():
-            raise TypeError(f"rmsjax RMSNorm: {name} is not an argument: {_INERT[name]}. Leave it out.")
-        return super().__new__(cls)
+def plain_axes(axes: Axes) -> Axes:
+    """Axes that a module can hold as static: arrays it takes for data, and lists do not hash."""
+    axes = axes.tolist() if isinstance(axes, np.ndarray) else axes
+    return tuple(axes) if isinstance(axes, list) else axes
 
 
 def scale_initializer(scale_init: Any, scale_offset: float) -> Any:

@@ -149,7 +149,7 @@ def rms_operator_norm_by_path(
 
 def _selected(function: str, select: Selection, path: str, leaf: Any) -> tuple[Axes, Axes] | None:
     choice: Any = select(path, leaf)
-    if isinstance(choice, bool):
+    if isinstance(choice, (bool, np.bool_)):
         return (-2, -1) if choice else None
     if isinstance(choice, tuple) and len(choice) == 2:
         return choice

@@ -281,7 +281,7 @@ class Subject:
         return names
 
     @cached_property
-    def program(self) -> Callable[..., tuple[Arrays, Arrays]]:
+    def program(self) -> Any:
         """Values and gradient, compiled once for all that need nothing else."""
         return jax.jit(self.with_gradient(self.flat))
 

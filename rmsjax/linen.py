@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from rmsjax._boxes import unboxed
 from rmsjax._checks import as_axes
-from rmsjax._layer import Axes, RejectsInertArguments, apply_layer, check_features, scale_initializer
+from rmsjax._layer import Axes, apply_layer, check_features, check_inert, plain_axes, scale_initializer
 
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Bool, Inexact
 
 
-class RMSNorm(RejectsInertArguments, nn.Module):
+class RMSNorm(nn.Module):
     r"""RMS layer normalization, $y = \frac{x}{\sqrt{\|x\|_{RMS}^2 + \epsilon}} \odot (\text{scale} + \text{offset})$.
 
     Takes the place of `flax.linen.RMSNorm`: the same arguments, the same parameter `scale`, so its checkpoints load,
@@ -36,10 +36,13 @@ class RMSNorm(RejectsInertArguments, nn.Module):
         axis_name: under `shard_map` or `pmap`, the mapped axes that a norm extends over.
         axis_index_groups: groups of indices of that mapped axis that each share a norm, as in `jax.lax.psum`.
 
+        use_fast_variance: does nothing, and warns of that; code for Flax may pass it.
+        force_float32_reductions: True; reductions are always in float32 or wider.
+
     Raises:
-        TypeError: x is not floating, the mask not boolean, or an argument of Flax's has no use here
-            (use_fast_variance, force_float32_reductions).
-        ValueError: the scale does not fit the feature axes of x; and all that `rms_normalize` raises.
+        TypeError: x is not floating, or the mask not boolean.
+        ValueError: the scale does not fit the feature axes of x; force_float32_reductions is False; and all that
+            `rms_normalize` raises.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -65,7 +68,16 @@ class RMSNorm(RejectsInertArguments, nn.Module):
     feature_axes: Axes = -1
     axis_name: str | Sequence[str] | None = None
     axis_index_groups: Any = None
+    use_fast_variance: bool | None = None
+    force_float32_reductions: bool = True
     scale_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_inert(self.use_fast_variance, self.force_float32_reductions)
+        object.__setattr__(self, "use_fast_variance", None)  # Flax makes copies, of which there is no more to say
+        for axes in "reduction_axes", "feature_axes":
+            object.__setattr__(self, axes, plain_axes(getattr(self, axes)))
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Inexact[Array, "..."], *, mask: Bool[Array, "..."] | None = None) -> Inexact[Array, "..."]:

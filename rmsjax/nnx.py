@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from flax import nnx
 
-from rmsjax._layer import Axes, RejectsInertArguments, apply_layer, as_features, check_features, scale_initializer
+from rmsjax._layer import Axes, apply_layer, as_features, check_features, check_inert, plain_axes, scale_initializer
 
 if TYPE_CHECKING:
     from jax import Array
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Inexact
 
 
-class RMSNorm(RejectsInertArguments, nnx.Module):
+class RMSNorm(nnx.Module):
     r"""RMS layer normalization, $y = \frac{x}{\sqrt{\|x\|_{RMS}^2 + \epsilon}} \odot (\text{scale} + \text{offset})$.
 
     Takes the place of `flax.nnx.RMSNorm`: the same arguments, the same parameter `scale`, so its checkpoints load, and
@@ -36,14 +36,16 @@ class RMSNorm(RejectsInertArguments, nnx.Module):
         feature_axes: the axes of x that have a scale of their own.
         axis_name: under `shard_map` or `pmap`, the mapped axes that a norm extends over.
         axis_index_groups: groups of indices of that mapped axis that each share a norm, as in `jax.lax.psum`.
+        use_fast_variance: does nothing, and warns of that; code for Flax may pass it.
+        force_float32_reductions: True; reductions are always in float32 or wider.
         promote_dtype: a function of `((x, scale), dtype=...)` that casts both; by default x is not copied.
         rngs: key for the initializer.
         scale_metadata: metadata for the scale, such as its sharding.
 
     Raises:
-        TypeError: x is not floating, the mask not boolean, or an argument of Flax's has no use here
-            (use_fast_variance).
-        ValueError: x does not have `num_features` along `feature_axes`; and all that `rms_normalize` raises.
+        TypeError: x is not floating, or the mask not boolean.
+        ValueError: x does not have `num_features` along `feature_axes`; force_float32_reductions is False; and all that
+            `rms_normalize` raises.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,25 +73,28 @@ class RMSNorm(RejectsInertArguments, nnx.Module):
         feature_axes: Axes = -1,
         axis_name: str | Sequence[str] | None = None,
         axis_index_groups: Any = None,
+        use_fast_variance: bool | None = None,
+        force_float32_reductions: bool = True,
         promote_dtype: Callable[..., Any] | None = None,
         rngs: nnx.Rngs,
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        check_inert(use_fast_variance, force_float32_reductions)
         shape = as_features(num_features)
         self.scale: nnx.Param[Any] | None
         if use_scale:
             init = scale_initializer(scale_init, scale_offset)
             self.scale = nnx.Param(init(rngs.params(), shape, param_dtype), **scale_metadata)
         else:
-            self.scale = None
-        self.num_features = shape
+            self.scale = nnx.data(None)  # not static: it may be set later
+        self.num_features = shape if isinstance(num_features, Sequence) else shape[0]
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_scale = use_scale
         self.scale_offset = scale_offset
-        self.reduction_axes = reduction_axes
-        self.feature_axes = feature_axes
+        self.reduction_axes = plain_axes(reduction_axes)
+        self.feature_axes = plain_axes(feature_axes)
         self.axis_name = axis_name
         self.axis_index_groups = axis_index_groups
         self.promote_dtype = promote_dtype
@@ -97,7 +102,7 @@ class RMSNorm(RejectsInertArguments, nnx.Module):
     def __call__(self, x: Inexact[Array, "..."], mask: Bool[Array, "..."] | None = None) -> Inexact[Array, "..."]:
         """x normalised; where the mask is False, elements do not count and come out as 0."""
         fix = "make the layer with num_features={}"
-        check_features(x, self.num_features, self.feature_axes, given="num_features is", fix=fix)
+        check_features(x, as_features(self.num_features), self.feature_axes, given="num_features is", fix=fix)
         scale = None if self.scale is None else self.scale[...]
         if self.promote_dtype is not None:
             x, scale = self.promote_dtype((x, scale), dtype=self.dtype)

@@ -290,6 +290,7 @@ def clip_by_rms(
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByRMSState]:
         del params
+        state = init_fn(updates) if state is None else state  # as of peers, which keep none
         grouping = group(name, updates, scope, kind=jnp.inexact)
         norms = measure(grouping, as_mapped(name, axis_name))
         updates, clipped = _clip(grouping, norms, jax.tree.map(lambda r: jnp.asarray(max_rms, r.dtype), norms))
@@ -357,6 +358,7 @@ def clip_by_relative_rms(
         return ClipByRelativeRMSState(_zeros(norms), _zeros(norms), _no_updates(), _zeros(norms, jnp.int32))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByRelativeRMSState]:
+        state = init_fn(updates) if state is None else state  # as of peers, which keep none
         grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
         # In the pools of the updates, even if the scope would choose otherwise by the dtype of the parameters.
         of_params = grouping._replace(leaves=jax.tree.leaves(_params_of(name, updates, params)))
@@ -465,6 +467,7 @@ def normalize_by_rms(
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, NormalizeByRMSState]:
         del params
+        state = init_fn(updates) if state is None else state  # as of peers, which keep none
         grouping = group(name, updates, scope, kind=jnp.inexact)
         norms = measure(grouping, as_mapped(name, axis_name))
         roots = jax.tree.map(lambda r: _hypot(r, jnp.sqrt(jnp.asarray(epsilon, r.dtype))), norms)

@@ -329,9 +329,9 @@ MISTAKES = {
         *(lambda: nnx_norm(feature_axes=-3)(X), ValueError),
         *("RMSNorm", "feature_axes -3", "out of range", r"\(2, 4\)"),
     ),
-    "nnx: an argument that does nothing": (
-        *(lambda: nnx_norm(use_fast_variance=True), TypeError),
-        *("RMSNorm", "use_fast_variance", "is not an argument", "Leave it out"),
+    "nnx: narrow reductions": (
+        *(lambda: nnx_norm(force_float32_reductions=False), ValueError),
+        *("RMSNorm", "force_float32_reductions", "must be True", "got False"),
     ),
     "nnx: groups of unequal size": (
         *(lambda: nnx_norm(axis_index_groups=[[0], [1, 2]])(X), ValueError),
@@ -365,9 +365,9 @@ MISTAKES = {
         *(lambda: linen_norm(X, dtype=jnp.int8), TypeError),
         *("RMSNorm", "dtype", "floating-point", "int8"),
     ),
-    "linen: an argument that does nothing": (
-        *(lambda: linen_norm(X, force_float32_reductions=False), TypeError),
-        *("RMSNorm", "force_float32_reductions", "is not an argument", "Leave it out"),
+    "linen: narrow reductions": (
+        *(lambda: linen_norm(X, force_float32_reductions=False), ValueError),
+        *("RMSNorm", "force_float32_reductions", "must be True", "got False"),
     ),
 }
 

@@ -1,6 +1,7 @@
 """Both RMSNorm layers against Flax's: arguments, parameters, outputs, checkpoints; and what they do better."""
 
 import inspect
+import warnings
 
 import flax.linen as flax_linen
 import jax
@@ -106,11 +107,67 @@ def test_takes_the_arguments_of_flax(api):
 
 
 @both_apis
-@pytest.mark.parametrize("name", ["use_fast_variance", "force_float32_reductions"])
-def test_refuses_arguments_that_do_nothing(api, name):
+@pytest.mark.parametrize("kwargs", [{"reduction_axes": (1, 2)}, {"reduction_axes": (0, 1), "feature_axes": 2}])
+@pytest.mark.parametrize(
+    "make", [np.array, lambda axes: np.atleast_1d(axes).tolist(), np.uint8], ids=["array", "list", "uint8"]
+)
+def test_axes_of_other_types(api, kwargs, make):
     run, ours, _ = OURS_AND_FLAX[api]
-    with pytest.raises(TypeError, match=rf"RMSNorm: {name} is not an argument: .*Leave it out"):
-        run(ours, X, **{name: True})
+    close(run(ours, X, **{name: make(axes) for name, axes in kwargs.items()}), run(ours, X, **kwargs))
+
+
+@both_apis
+@pytest.mark.parametrize("value", [True, False])
+def test_takes_and_ignores_use_fast_variance(api, value):
+    """With one warning for a layer, in which Python sees one for all of them; copies of a layer are silent."""
+    run, ours, _ = OURS_AND_FLAX[api]
+    with pytest.warns(UserWarning, match="RMSNorm: use_fast_variance does nothing") as caught:
+        got = run(ours, X, use_fast_variance=value)
+    assert len(caught) == 1
+    close(got, run(ours, X))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            run(ours, X, use_fast_variance=value)
+            run(ours, X[0], use_fast_variance=value)
+    assert len(caught) == 1
+
+
+@both_apis
+def test_force_float32_reductions(api):
+    run, ours, _ = OURS_AND_FLAX[api]
+    close(run(ours, X, force_float32_reductions=True), run(ours, X))
+    with pytest.raises(ValueError, match="RMSNorm: force_float32_reductions must be True, got False"):
+        run(ours, X, force_float32_reductions=False)
+
+
+@pytest.mark.parametrize("num_features", [4, np.int64(4), (3, 4), [3, 4]])
+def test_num_features_reads_back(num_features):
+    """As Flax has it; what is not an integer as a tuple."""
+    feature_axes = -1 if np.ndim(num_features) == 0 else (-2, -1)
+    layer = rmsjax.nnx.RMSNorm(num_features, feature_axes=feature_axes, rngs=flax_nnx.Rngs(0))
+    expected = (3, 4) if np.ndim(num_features) else 4
+    assert layer.num_features == expected
+    assert type(layer.num_features) is type(expected)
+    close(layer(X), rmsjax.rms_normalize(X))
+
+
+def test_scale_that_is_set_later():
+    """Loading code makes layers without a scale, and gives them one; as flax, and through its transformations."""
+
+    def later(module):
+        layer = module(4, use_scale=False, rngs=flax_nnx.Rngs(0))
+        assert jax.tree.leaves(flax_nnx.state(layer)) == []
+        layer.scale = flax_nnx.Param(jnp.asarray(SCALE))
+        return layer
+
+    ours, theirs = later(rmsjax.nnx.RMSNorm), later(flax_nnx.RMSNorm)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        want = theirs(X)
+    close(ours(X), want)
+    close(flax_nnx.jit(lambda layer, x: layer(x))(ours, X), want)
+    assert jax.tree.structure(flax_nnx.state(ours)) == jax.tree.structure(flax_nnx.state(theirs))
+    assert flax_nnx.grad(lambda layer: layer(X).sum())(ours)["scale"][...].shape == (4,)
 
 
 @both_apis

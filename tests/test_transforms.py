@@ -250,6 +250,13 @@ def test_callable_that_says_block_for_every_leaf(name):
     close(by_call, by_name)
 
 
+@pytest.mark.parametrize("name", ["clip_by_rms", "clip_by_relative_rms", "normalize_by_rms"])
+def test_no_state_is_a_new_one(name):
+    """Code for optax's clips, which keep no state, may have None for it."""
+    tx = ELEMENTS[name].make("block")
+    close(tx.update(at(GRADS, 1), None, PARAMS), run(tx, PARAMS, at(GRADS, 1)))
+
+
 TREES = {
     "array": lambda x: x,
     "no leaves": lambda x: {"a": None, "b": optax.MaskedNode(), "c": ()},
