@@ -5,17 +5,22 @@ whose structure and types are those of `init` at every step, so they run inside 
 `optax.apply_if_finite`. A field `rms` is the norm of the newest updates that came in; where several states of a chain
 have one, name them with `optax.named_chain`, or let `rmsjax.rms_report` list them all.
 
+States can be serialized by `jax.export`; of those of optax in a chain, register the types for that yourself. Where
+params are boxed (`nnx.Param`, `nn.Partitioned`, the `NamedArray` of haliax), norms are not, see `rmsjax.tree_rms`.
+
 Numbers may be set by a schedule with `optax.inject_hyperparams`. A traced number cannot be refused: below 0 it counts
 as 0, but for a learning rate, whose sign means what it means in optax.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.core
+import jax.export
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
@@ -142,8 +147,12 @@ class ScaleByStableAdamState(NamedTuple):
     """What `scale_by_stable_adam` has seen.
 
     `grad_mean` and `grad_rms`: for each element, the debiased moving average of the gradient, and the root of that of
-    its square (Adam's mu and the root of its nu). `ratio_rms`: the norm of the newest gradient over `grad_rms`; where
-    it was above 1 the step was divided by it. `num_updates`, `num_clipped`, `share_clipped`: as in `ClipByRMSState`.
+    its square. `ratio_rms`: the norm of the newest gradient over `grad_rms`; where it was above 1 the step was divided
+    by it. `num_updates`, `num_clipped`, `share_clipped`: as in `ClipByRMSState`.
+
+    These are not the fields `count`, `mu` and `nu` of optax's Adam, and so do not have their names: code that asks for
+    those would compute with other numbers than it thinks. After t updates mu is `grad_mean * (1 - b1**t)`, and nu is
+    `grad_rms**2 * (1 - b2**t)`.
 
     Example:
         >>> import jax.numpy as jnp, rmsjax
@@ -162,6 +171,17 @@ class ScaleByStableAdamState(NamedTuple):
 
     norm_fields = ("ratio_rms",)
     share_clipped = property(_share_clipped)
+
+
+for _state in (
+    ClipByRMSState,
+    ClipByRelativeRMSState,
+    NormalizeByRMSState,
+    RecordRMSState,
+    ScaleByStableAdamState,
+):
+    with contextlib.suppress(ValueError):  # the name is taken where this module is imported again
+        jax.export.register_namedtuple_serialization(_state, serialized_name=f"rmsjax.{_state.__name__}")
 
 
 def _norm_types(function: str, params: PyTree, scope: Scope, axis_name: str | Sequence[str] | None) -> PyTree:

@@ -1,8 +1,11 @@
 """The optax family: what each transformation computes, at every scale and dtype, in every composition, and training."""
 
+import contextlib
+import importlib.util
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -757,6 +760,51 @@ def test_b2_near_one_is_not_rounded():
     _, state = run(rmsjax.scale_by_stable_adam(b1=0.9999, b2=0.9999), grad, grad, 2 * grad)
     np.testing.assert_allclose(state.grad_mean, 3 * (0.9999 + 2) / 1.9999, rtol=3e-7)
     np.testing.assert_allclose(state.grad_rms, 3 * np.sqrt((0.9999 + 4) / 1.9999), rtol=3e-7)
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("scope", ["global", "block"])
+@pytest.mark.parametrize("name", DISTINCT)
+def test_steps_export(name, scope):
+    """init and update through bytes and back, with their states as they are; another process has the same names."""
+    with contextlib.suppress(ValueError):  # in another test already
+        jax.export.register_namedtuple_serialization(optax.EmptyState, serialized_name="optax.EmptyState")
+    tx = ELEMENTS[name].make(scope)
+
+    def exported(f, *args):
+        shapes = jax.eval_shape(lambda *args: args, *args)
+        return jax.export.deserialize(jax.export.export(jax.jit(f))(*shapes).serialize()).call
+
+    state = exported(tx.init, PARAMS)(PARAMS)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(PARAMS))
+    grads = at(GRADS, 1)
+    got = exported(tx.update, grads, state, PARAMS)(grads, state, PARAMS)
+    close(got, run(tx, PARAMS, grads))
+
+
+def test_importing_the_transformations_again():
+    """As in a notebook that reloads what was edited."""
+    again = importlib.util.module_from_spec(spec := importlib.util.find_spec("rmsjax.transforms"))
+    spec.loader.exec_module(again)
+    tx = again.record_rms()
+    assert tx.update(PARAMS, tx.init(PARAMS))[1].num_updates == 1
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+def test_averages_of_adam_from_ours(dtype, steps):
+    """As the docs of the state say."""
+    b1, b2 = 0.9, 0.99
+    grads = [
+        at(GRADS, step)["stack"].astype(dtype) * (1 + 1j if dtype == jnp.complex64 else 1) for step in range(steps)
+    ]
+    with jax.numpy_dtype_promotion("standard"):
+        _, adam = run(optax.scale_by_adam(b1, b2), grads[0], *grads)
+    _, ours = run(rmsjax.scale_by_stable_adam(b1, b2), grads[0], *grads)
+    close(ours.grad_mean * (1 - b1**steps), adam.mu, rtol=1e-5, atol=1e-6)
+    close(ours.grad_rms**2 * (1 - b2**steps), adam.nu, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
