@@ -18,6 +18,7 @@ from jax.core import Tracer
 from rmsjax._reduce import Mapped
 
 _CONVERTIBLE = (np.ndarray, np.generic, bool, int, float, complex, list, tuple)
+_SHOWN = (bool, int, float, complex, str, bytes, list, tuple, dict)
 _KINDS = {
     jnp.bool_: "booleans",
     jnp.number: "numbers",
@@ -39,9 +40,24 @@ def as_numeric(
             with contextlib.suppress(TypeError, ValueError, OverflowError):  # a string, a ragged list, 2**40
                 array = jnp.asarray(x)
     if array is None or not jnp.issubdtype(array.dtype, kind):
-        got = f"{x!r:.80}" if array is None else f"dtype {array.dtype}"
+        held = _held_by(x) if array is None else None
+        got = _in_a_line(x) if array is None else f"dtype {array.dtype}"
+        hint = f" Pass the array that it holds, its .{held}." if held else hint
         raise TypeError(f"{function}: {argument} must be an array of {_KINDS[kind]}, got {got}.{hint}")
     return array
+
+
+def _in_a_line(x: Any) -> str:
+    """What was given, cut if it is long; of an object that takes more than a line, its type."""
+    text = repr(x)
+    is_short = "\n" not in text and len(text) <= 80
+    return f"{text:.80}" if is_short or isinstance(x, _SHOWN) else f"an object of type {type(x).__name__}"
+
+
+def _held_by(x: Any) -> str | None:
+    """The name of the first array among the attributes of an object, such as a `NamedArray` of haliax."""
+    held = (name for name, value in getattr(x, "__dict__", {}).items() if isinstance(value, (Array, np.ndarray)))
+    return next(held, None)
 
 
 def as_axes(

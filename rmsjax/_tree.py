@@ -107,7 +107,8 @@ def _leaf_hint(leaf: Any) -> str:
         return " A shape has no values: apply the function by jax.eval_shape."
     if jnp.issubdtype(getattr(leaf, "dtype", np.dtype(object)), jax.dtypes.prng_key):
         return " Random keys are not numbers: leave them out, for instance with nnx.state(model, nnx.Param)."
-    return " Cast it, or leave it out of the tree with optax.masked or None."
+    cast = "Cast it, or" if hasattr(leaf, "dtype") or isinstance(leaf, (bool, int)) else "Numbers only:"
+    return f" {cast} leave it out of the tree with optax.masked or None."
 
 
 def _scope_axes(function: str, choice: Any, path: str, leaf: Array, *, from_callable: bool) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from rmsjax._boxes import unboxed
-from rmsjax._checks import as_axes
+from rmsjax._checks import as_axes, as_numeric
 from rmsjax._layer import Axes, apply_layer, check_features, check_inert, plain_axes, scale_initializer
 
 if TYPE_CHECKING:
@@ -88,9 +88,8 @@ class RMSNorm(nn.Module):
                 held = unboxed(self.get_variable("params", "scale"))
                 sizes, fix = jnp.shape(held), "initialise the layer with an x like this"
                 check_features(x, sizes, self.feature_axes, given="the scale has size", fix=fix)
-            shape = [
-                jnp.shape(x)[a] for a in as_axes("RMSNorm", self.feature_axes, jnp.shape(x), argument="feature_axes")
-            ]
+            sizes = as_numeric("RMSNorm", "x", x, kind=jnp.inexact).shape
+            shape = [sizes[a] for a in as_axes("RMSNorm", self.feature_axes, sizes, argument="feature_axes")]
             scale = self.param("scale", scale_initializer(self.scale_init, self.scale_offset), shape, self.param_dtype)
         return apply_layer(
             x,

@@ -170,6 +170,60 @@ def test_masked_and_empty_boxes(kind):
     assert [(row.path, *row.rms) for row in rmsjax.rms_report(state)] == [("inner_state/rms/a", 1.0)]
 
 
+@dataclasses.dataclass
+class OptParam:
+    """As of axlearn: no node, so a leaf, that holds an array."""
+
+    value: Any
+    weight_decay_scale: float = 1.0
+
+
+HOLDERS = {
+    "NamedArray": ("array", BOXES["haliax.NamedArray"]),
+    "Partitioned": ("value", BOXES["linen.Partitioned"]),
+    "OptParam": ("value", OptParam),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_arrays_have_no_boxes_and_messages_say_what_to_pass(kind):
+    """The type of it in one line, and the attribute."""
+    attribute, make = HOLDERS[kind]
+    for x in (jnp.ones((2, 3)), np.ones((200, 3), np.float32)):
+        box = make(x)
+        # Flax's frames end in a word of JAX on them.
+        said = rf"array of .*, got .*{kind}.*\. Pass the array that it holds, its \.{attribute}\.(\n-|$)"
+        for call in (
+            rmsjax.rms,
+            rmsjax.rms_normalize,
+            lambda x: rmsjax.linen.RMSNorm().init(jax.random.key(0), x),
+            rmsjax.nnx.RMSNorm(3, rngs=nnx.Rngs(0)),
+        ):
+            with pytest.raises(TypeError, match=said) as caught:
+                call(box)
+            assert len(str(caught.value).splitlines()[0]) < 200
+        assert rmsjax.rms(getattr(box, attribute)) == 1
+    if kind == "OptParam":
+        for call in (rmsjax.tree_rms, rmsjax.clip_by_rms(1.0).init, rmsjax.rms_penalty, rmsjax.rms_report):
+            with pytest.raises(TypeError, match=rf"leaf 'w' must be an {said}"):
+                call({"w": box})
+        with pytest.raises(TypeError, match=rf"leaf 'w' of params must be an {said}"):
+            rmsjax.clip_by_relative_rms(1.0).update({"w": x}, None, {"w": box})
+
+
+class Many:
+    def __repr__(self):
+        return "Many(\n" + 100 * "  entry,\n" + ")"
+
+
+@pytest.mark.parametrize("leaf", ["mean", object(), np.array([None, "a"]), b"x" * 200, Many()], ids=type)
+def test_a_leaf_that_is_no_array_and_holds_none(leaf):
+    with pytest.raises(TypeError, match=r"leaf 'w' must be an array of .* leave it out of the tree") as caught:
+        rmsjax.tree_rms({"w": leaf})
+    assert "\n" not in str(caught.value)
+    assert "Cast" not in str(caught.value) or hasattr(leaf, "dtype")
+
+
 # ------------------------------------------------------------------------------------------------------------ no boxes
 
 
