@@ -29,11 +29,13 @@ def is_box(node: Any) -> bool:
     """
     if isinstance(node, _NO_BOXES):
         return False
+    if isinstance(node, _of_flax("flax.nnx", "Variable")):
+        return True
     inside, treedef = tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
     if len(inside) != 1 or not inside[0][0]:  # a leaf has no path
         return False
     ((key,), child) = inside[0]
-    if isinstance(node, _flax_boxes()):
+    if isinstance(node, _of_flax("flax.core.meta", "AxisMetadata")):
         return True
     array = unboxed(child)
     if not jax.tree_util.all_leaves([array]):
@@ -44,11 +46,8 @@ def is_box(node: Any) -> bool:
     return is_nameless and not isinstance(node, (Callable, Iterable)) and treedef.node_data()[1] is not None
 
 
-def _flax_boxes() -> tuple[type, ...]:
-    modules = (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata"))  # no tree has one before the import
-    return tuple(
-        getattr(sys.modules[module], name) for module, name in modules if hasattr(sys.modules.get(module), name)
-    )
+def _of_flax(module: str, name: str) -> Any:
+    return getattr(sys.modules.get(module), name, ())  # no tree has one before the import
 
 
 def _looks_like(node: Any, array: Any) -> bool:
