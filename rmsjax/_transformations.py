@@ -366,8 +366,9 @@ class Subject:
 
         def settled(of_steps: Sequence[np.ndarray[Any, Any]], dtype: Any) -> Slope:
             doubts = [float(np.max(np.abs(_minus(*pair)), initial=0.0)) for pair in pairwise(of_steps)]
-            best = int(np.argmin(np.nan_to_num(doubts, nan=np.inf)))
-            return Slope(of_steps[best + 1], dtype, doubts[best])
+            doubts = np.nan_to_num(doubts, nan=np.inf)
+            # Two steps may agree by chance, so what the others say counts as doubt; but for the worst, by a kink.
+            return Slope(of_steps[int(np.argmin(doubts)) + 1], dtype, float(np.median(doubts)))
 
         return [settled(of_steps, dtype) for of_steps, dtype in zip(zip(*tried, strict=True), dtypes, strict=True)]
 
@@ -418,9 +419,13 @@ class Subject:
         return _inner([np.abs(w) for w in self.weights], [np.where(np.isfinite(y), y, 0.0) for y in outputs])
 
     def gradient_size(self, i: int) -> float:
-        """The size of what a gradient with respect to an input may be a small difference of: loss over input."""
+        """What a gradient may be a small difference of: the loss over the size that elements of the input usually have.
+
+        That is their geometric mean: where sizes are very different, neither the largest nor the least counts alone.
+        """
         x = np.abs(_wide(self.inputs[i]))
-        return self.loss_size / (float(np.max(x, where=np.isfinite(x), initial=0.0)) or 1.0)
+        x = x[np.isfinite(x) & (x > 0)]
+        return self.loss_size / (float(np.exp(np.mean(np.log(x)))) if x.size else 1.0)
 
     # ------------------------------------------------------------------------------------------------ the checks
 
