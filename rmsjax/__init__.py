@@ -39,6 +39,7 @@ if _TYPE_CHECKING:
     from rmsjax.transforms import clip_by_rms as clip_by_rms
     from rmsjax.transforms import normalize_by_rms as normalize_by_rms
     from rmsjax.transforms import record_rms as record_rms
+    from rmsjax.transforms import rms_states as rms_states
     from rmsjax.transforms import scale_by_stable_adam as scale_by_stable_adam
     from rmsjax.transforms import stable_adamw as stable_adamw
 
@@ -66,6 +67,7 @@ _HOMES = {
     "rms_operator_norm_by_path": "_operator_norm",
     "rms_penalty": "penalties",
     "rms_report": "report",
+    "rms_states": "transforms",
     "scale_by_stable_adam": "transforms",
     "stable_adamw": "transforms",
 }

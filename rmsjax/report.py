@@ -144,9 +144,9 @@ def _measured(tree: PyTree, scope: Scope, sep: str) -> Iterator[RMSRow]:
 
 def _recorded(tree: PyTree, sep: str) -> Iterator[list[RMSRow]]:
     """What the states in a tree have recorded, field by field; a path leads to the state, the field and the leaf."""
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0]
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_state)[0]
     for path, state in nodes:
-        if not _is_state(state):
+        if not is_state(state):
             continue
         prefix = jax.tree_util.keystr(path, simple=True, separator=sep)
         for i, field in enumerate(state.norm_fields):
@@ -159,7 +159,8 @@ def _recorded(tree: PyTree, sep: str) -> Iterator[list[RMSRow]]:
             ]
 
 
-def _is_state(node: Any) -> bool:
+def is_state(node: Any) -> bool:
+    """Whether this is the state of one of rmsjax's transformations."""
     return isinstance(node, tuple) and hasattr(node, "norm_fields")
 
 

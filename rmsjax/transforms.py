@@ -3,7 +3,7 @@
 All take the `scope` and `axis_name` of `rmsjax.tree_rms`, keep the dtype and structure of the updates, and have a state
 whose structure and types are those of `init` at every step, so they run inside `lax.scan`, `optax.MultiSteps` and
 `optax.apply_if_finite`. A field `rms` is the norm of the newest updates that came in; where several states of a chain
-have one, name them with `optax.named_chain`, or let `rmsjax.rms_report` list them all.
+have one, `rmsjax.rms_states` finds each, and `rmsjax.rms_report` lists them all.
 
 States can be serialized by `jax.export`; of those of optax in a chain, register the types for that yourself. Where
 params are boxed (`nnx.Param`, `nn.Partitioned`, the `NamedArray` of haliax), norms are not, see `rmsjax.tree_rms`.
@@ -28,6 +28,7 @@ from jax import Array, lax
 from rmsjax._checks import as_mapped, as_number, as_numeric, as_threshold
 from rmsjax._reduce import UNMAPPED, PerPool, accumulator_dtype, lift, times
 from rmsjax._tree import Grouping, Scope, group, leaf_paths, measure, rescale
+from rmsjax.report import is_state
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -43,6 +44,7 @@ __all__ = [
     "clip_by_rms",
     "normalize_by_rms",
     "record_rms",
+    "rms_states",
     "scale_by_stable_adam",
     "stable_adamw",
 ]
@@ -781,3 +783,47 @@ def _by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
         as_number("stable_adamw", "learning_rate", learning_rate)
     # Not optax.scale: by a traced float32 number it turns bfloat16 updates into float32.
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: times(u, -jnp.asarray(learning_rate)), updates))
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def rms_states(opt_state: PyTree, *, sep: str = "/") -> dict[str, Any]:
+    """The states of rmsjax's transformations in the state of an optimizer, by their path. Works under `jit`.
+
+    It finds them however many there are and however deep (`optax.tree.get` finds a field that only one state has).
+    `rmsjax.rms_report` shows the same as a table.
+
+    Args:
+        opt_state: the state of any optax transformation, of a `TrainState` or of an `nnx.Optimizer`.
+        sep: what separates the parts of a path.
+
+    Returns:
+        A dict, in the order of the chain, such as `{"0": RecordRMSState(...), "1": ClipByRMSState(...)}`: a link of
+        `optax.chain` has its place in it as path, a link of `optax.named_chain` its name, a transformation alone "".
+        Variables of Flax NNX are replaced by their arrays.
+
+    Raises:
+        ValueError: there is no such state.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, rmsjax
+        >>> tx = optax.chain(rmsjax.record_rms(), rmsjax.clip_by_rms(1.0), optax.adam(1e-3))
+        >>> updates, state = tx.update({"w": jnp.array([3.0, -3.0])}, tx.init({"w": jnp.zeros(2)}))
+        >>> recorded, clip = rmsjax.rms_states(state).values()
+        >>> print(recorded.rms["w"], clip.rms, clip.num_clipped)
+        3.0 3.0 1
+
+    Source: paths as `jax.tree_util.keystr` writes them.
+    """
+    nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)[0]
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator=sep): _unboxed(node) for path, node in nodes if is_state(node)
+    }
+    if not found:
+        made = ", ".join(name for name in __all__ if name[0].islower() and name != "rms_states")
+        raise ValueError(
+            f"rms_states: opt_state must hold the state of one of rmsjax's transformations ({made}), "
+            f"got {type(opt_state).__name__} without any"
+        )
+    return found

@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import subprocess
-import tomllib
 import venv
 from decimal import Decimal
 from pathlib import Path
@@ -102,23 +101,38 @@ def test_notebook_runs_and_shows_what_it_gives(path, monkeypatch):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_form(path):
-    """A badge that opens this very file, a cell that installs what is missing, and a small size."""
+    """A title, the cell that installs rmsjax if need be, which is one for all, and a small size."""
     cells = nbformat.read(path, as_version=4).cells
     assert cells[0].source.startswith("# ")
-    assert f"colab.research.google.com/github/rmsjax/rmsjax/blob/main/notebooks/{path.name})" in cells[0].source
-    assert 'except ImportError:\n    %pip install -q "rmsjax[demo]"\n' in cells[1].source
+    assert cells[1].source == nbformat.read(NOTEBOOKS[0], as_version=4).cells[1].source
+    assert re.match(r'SOURCE = "\.\."  # ', cells[1].source)
     assert path.stat().st_size < 250e3
 
 
+def installing(source, folder):
+    """What the first cell prints where rmsjax is not installed and cannot be, with this SOURCE."""
+    cell = nbformat.read(NOTEBOOKS[0], as_version=4).cells[1].source
+    hide = nbformat.v4.new_code_cell("import sys\nsys.modules['rmsjax'] = None\n%env PIP_NO_INDEX=1")
+    first = nbformat.v4.new_code_cell(cell.replace('SOURCE = ".."', f"SOURCE = {source!r}"))
+    notebook = nbformat.v4.new_notebook(cells=[hide, first])
+    nbclient.NotebookClient(notebook, kernel_name="python3", allow_errors=True).execute(cwd=str(folder))
+    return first.outputs
+
+
+@pytest.mark.parametrize("source", ["..", "no/such.whl", "git+file:///no/such/repository"])
+def test_an_install_that_fails_says_what_to_set(source, tmp_path):
+    (tmp_path / "alone").mkdir()
+    (error,) = [out for out in installing(source, tmp_path / "alone") if out.output_type == "error"]
+    assert error.evalue == f"No rmsjax at SOURCE = {source!r}: set it to a folder, a wheel or git+https://..."
+
+
 def installs():
-    """What the %pip lines of all notebooks give to pip, in Colab."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    ours = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
-    sources = [nbformat.read(path, as_version=4).cells[1].source for path in NOTEBOOKS]
+    """What the %pip lines of all notebooks give to pip, in Colab, where SOURCE is this checkout."""
+    sources = ["\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4))) for path in NOTEBOOKS]
     for line in sorted({line for source in sources for line in re.findall(r"^ *%pip install -q (.+)$", source, re.M)}):
         for name in ("jax", "jaxlib"):
             line = line.replace(f"{{{name}.__version__}}", COLAB[name])
-        yield [*itertools.chain.from_iterable(ours if part == "rmsjax[demo]" else [part] for part in shlex.split(line))]
+        yield shlex.split(line.replace("{address}", ROOT.as_uri()))
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +170,8 @@ def test_a_package_that_needs_a_newer_jax_would_be_noticed(would_install):
     assert "jax" in would_install("--no-deps", "jax>0.7.2")
 
 
-def test_there_are_four():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+def test_there_are_five():
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
 
 
 @pytest.mark.parametrize("trained", [False, True])

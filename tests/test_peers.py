@@ -1,6 +1,6 @@
-"""The table "what goes wrong elsewhere" of the README: rmsjax is right in each row, and the peer is wrong as it says.
+"""What goes wrong elsewhere, as the README says: rmsjax is right in each case, and the peer is wrong as it says.
 
-A peer may mend a row in a later release; then its test fails, and the row leaves the table.
+A peer may mend a case in a later release; then its test fails, and the case leaves the README.
 """
 
 import equinox

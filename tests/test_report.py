@@ -9,6 +9,7 @@ from flax import nnx
 
 from rmsjax import (
     ClipByRelativeRMSState,
+    ClipByRMSState,
     RecordRMSState,
     RMSReport,
     clip_by_relative_rms,
@@ -17,6 +18,7 @@ from rmsjax import (
     record_rms,
     rms_by_path,
     rms_report,
+    rms_states,
     stable_adamw,
 )
 
@@ -148,3 +150,39 @@ def test_errors():
         rms_report({"a": "text"})
     with pytest.raises(ValueError, match="rms_report: scope axis 1 is out of range"):
         rms_report(TREE, 1)
+
+
+def chains():
+    """(transformation, the paths of its states) for all that optax wraps a transformation in."""
+    clip, record = clip_by_rms(1.0), record_rms()
+    yield "alone", clip, [""]
+    yield "two alike", optax.chain(record, clip, optax.adam(1e-3), clip_by_rms(2.0)), ["0", "1", "3"]
+    yield "named", optax.named_chain(("record", record), ("clip", clip)), ["record", "clip"]
+    yield "scheduled", optax.inject_hyperparams(clip_by_rms)(max_rms=lambda step: 1.0), ["inner_state"]
+    yield "several steps", optax.MultiSteps(clip, 2).gradient_transformation(), ["inner_opt_state"]
+    yield "masked", optax.chain(optax.masked(record, True), optax.adam(1e-3)), ["0/inner_state"]
+    parts = optax.partition({"a": record, "b": clip}, lambda tree: jax.tree.map(lambda leaf: "ab"[leaf.ndim > 1], tree))
+    yield "parts", parts, ["inner_states/a/inner_state", "inner_states/b/inner_state"]
+
+
+@pytest.mark.parametrize(("tx", "paths"), [pytest.param(tx, paths, id=name) for name, tx, paths in chains()])
+def test_states_are_found_however_deep(tx, paths):
+    state = tx.init(TREE)
+    found = rms_states(state)
+    assert list(found) == paths
+    assert all(isinstance(part, (ClipByRMSState, RecordRMSState)) for part in found.values())
+    assert jax.tree.structure(jax.jit(rms_states)(state)) == jax.tree.structure(found)
+
+
+def test_states_of_an_nnx_optimizer_hold_arrays():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.chain(record_rms(), clip_by_rms(1.0)), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    recorded, clip = rms_states(optimizer.opt_state).values()
+    assert (float(clip.rms), int(clip.num_updates)) == (1.0, 1)
+    assert {path: float(norm) for path, norm in rms_by_path(recorded.rms).items()} == {"bias": 1.0, "kernel": 1.0}
+
+
+def test_no_states_is_an_error():
+    with pytest.raises(ValueError, match=r"rms_states: opt_state must hold .*clip_by_rms.*, got tuple without any"):
+        rms_states(optax.chain(optax.adam(1e-3)).init(TREE))

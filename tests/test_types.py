@@ -111,6 +111,7 @@ CALLS = {
     "rmsjax.clip_by_relative_rms": lambda f: [updated(f(0.1, "global", min_rms=1e-3))],
     "rmsjax.normalize_by_rms": lambda f: [updated(f()), updated(f(0.2, epsilon=1e-8))],
     "rmsjax.record_rms": lambda f: [updated(f(ema_decay=0.9)), updated(f())],
+    "rmsjax.rms_states": lambda f: [f(rmsjax.clip_by_rms(1.0).init(TREE))],
     "rmsjax.scale_by_stable_adam": lambda f: [
         updated(f(0.9, mu_dtype=jnp.bfloat16, mask={"kernel": True, "bias": False}))
     ],

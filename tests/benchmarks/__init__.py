@@ -1,1 +1,1 @@
-"""Speed, memory and compile time against peers: `python -m tests.benchmarks` prints the tables of the README."""
+"""Speed, memory and compile time against peers: `python -m tests.benchmarks` prints the table of CPU.md."""
