@@ -1,8 +1,71 @@
-"""RMS, the width-neutral ruler for neural networks, for JAX: measure, normalise and clip by one norm."""
+r"""RMS, the width-neutral ruler for neural networks, for JAX: measure, normalise, clip, regularise and check widths.
 
-from importlib import import_module as _import_module
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
+The RMS norm is the size of a typical element: $\|x\|_{RMS} = \|x\|_2 / \sqrt n = \sqrt{\tfrac1n \sum_i |x_i|^2}$. Of
+independent coordinates with mean 0 and variance 1 it is about 1 at every width, and up to a constant it is the only
+rotation-invariant norm of which that is true. So one number means the same in a narrow layer and in a wide one.
+
+>>> import jax.numpy as jnp, optax, rmsjax
+>>> grads = {"bias": jnp.zeros(4), "kernel": jnp.full((8, 4), 3.0)}
+>>> print(rmsjax.rms(grads["kernel"]), rmsjax.tree_rms(grads))
+3.0 2.828427
+
+## What is where
+
+- **Arrays**: `rms` is the number, `rms_normalize` divides by it. The layers are `rmsjax.nnx.RMSNorm` and
+  `rmsjax.linen.RMSNorm`; they take the place of Flax's.
+- **Trees** of arrays, such as parameters or gradients: `tree_rms` gives norms as a tree, `rms_by_path` as a dict for a
+  logger, `rms_report` as a table to read. `rms_penalty` is a regulariser.
+- **optax**: `clip_by_rms` bounds updates, `clip_by_relative_rms` by the size of their parameters, `normalize_by_rms`
+  sets their norm, `record_rms` lets them pass. `stable_adamw` is AdamW with update clipping. All keep what they saw in
+  their state, and `rms_states` finds it there.
+- **Widths**: `coord_check` trains a model at several widths and says which layers grow or shrink with the width;
+  `compare_widths` measures models as they are. Both give a `WidthRecord`, which `rmsjax.plot` draws.
+- **Inside a model**: `activation_rms` and `gradient_rms` measure every activation of an unchanged Flax model;
+  `rmsjax.probe` does it for any function. `rms_operator_norm` tells how much a kernel can stretch the norm.
+- **Why this norm**: `rmsjax.geometry` has the theorems as functions, `rmsjax.testing` as assertions for your own code.
+
+## Scope: which elements share a norm
+
+All functions of trees, and all transformations of updates, take a `scope`:
+
+- `"global"`: all elements of all leaves together, one number;
+- `"block"`: each leaf by itself;
+- an axis or a tuple of them: each leaf over these axes, `(1, 2)` for one norm per layer of a stacked leaf `[L, m, n]`;
+- a function of path and leaf, which chooses one of these for each leaf, or a label; leaves with one label go together.
+
+>>> tx = optax.chain(rmsjax.record_rms("block"), rmsjax.clip_by_rms(1.0, "global"), optax.sgd(0.1))
+>>> updates, state = tx.update(grads, tx.init(grads))
+>>> recorded, clip = rmsjax.rms_states(state).values()
+>>> print(recorded.rms["kernel"], clip.rms, clip.num_clipped)
+3.0 2.828427 1
+
+The default is what each is mostly used for. A gradient has one norm, and a clip one factor: `tree_rms` and
+`clip_by_rms` are "global". Tensors are logged, compared with their parameters, set to a size and regularised one by
+one: the others are "block".
+
+## What holds everywhere
+
+- Right for every finite input whose numbers are normal, also where squares overflow or underflow; sums in float32 at
+  least. Norms are float32 (float64 for float64), arrays and updates keep their dtype. Subnormal numbers count as 0
+  where XLA flushes them, as on CPU.
+- Zero is a legal value, with finite derivatives of every order. NaN and inf stay visible.
+- All works under `jit`, `vmap`, `grad`, `scan`, `shard_map`, and on sharded arrays. Under `jit` a norm is that of the
+  whole array; under `shard_map` and `pmap` name the axes that it is split over in `axis_name`.
+- Thresholds and targets may be traced, and so be set by `optax.inject_hyperparams`.
+- A wrong argument is an error that names function and argument, what was expected, what came, and what to do.
+
+## What is stable
+
+Public is what `dir()` of `rmsjax` and of its modules shows. Until 1.0 a minor version (0.2, 0.3) may change a public
+name, an argument, a field of a state or a default, and the list of changes says how to go on; a patch (0.1.1) never
+does. Numbers may change in their last digits with any version, and so may text that is for people: tables, messages,
+pictures. What a `WidthRecord` saved, later versions load. Names with an underscore, and modules that are not listed,
+may change at any time.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from rmsjax._norm import rms as rms
 from rmsjax._norm import rms_normalize as rms_normalize
@@ -10,16 +73,41 @@ from rmsjax._tree import Scope as Scope
 from rmsjax._tree import rms_by_path as rms_by_path
 from rmsjax._tree import tree_rms as tree_rms
 
-if _TYPE_CHECKING:
+__version__ = "0.1.0"
+
+# Where each name is defined, in the order of the documentation. All but arrays and trees load on first use, since they
+# import flax, optax or matplotlib, and most programs use only some of them.
+_HOMES = {
+    "_norm": ("rms", "rms_normalize"),
+    "_tree": ("tree_rms", "rms_by_path", "Scope"),
+    "report": ("rms_report", "RMSReport", "RMSRow"),
+    "penalties": ("rms_penalty",),
+    "transforms": (
+        *("clip_by_rms", "clip_by_relative_rms", "normalize_by_rms", "record_rms"),
+        *("stable_adamw", "scale_by_stable_adam", "rms_states"),
+        *("ClipByRMSState", "ClipByRelativeRMSState", "NormalizeByRMSState", "RecordRMSState"),
+        "ScaleByStableAdamState",
+    ),
+    "_coord_check": ("coord_check", "compare_widths", "WidthRecord"),
+    "probe": ("activation_rms", "gradient_rms"),
+    "_operator_norm": ("rms_operator_norm", "rms_operator_norm_by_path"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = ("nnx", "linen", "probe", "plot", "geometry", "testing")
+
+# Without matplotlib, of the extra "demo", `from rmsjax import *` would stop at plot.
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]  # type checkers have the imports below
+    *_HOME_OF,
+    *(name for name in _MODULES if name != "plot" or find_spec("matplotlib")),
+]
+
+if TYPE_CHECKING:
     from rmsjax import geometry as geometry
     from rmsjax import linen as linen
     from rmsjax import nnx as nnx
-    from rmsjax import penalties as penalties
     from rmsjax import plot as plot
     from rmsjax import probe as probe
-    from rmsjax import report as report
     from rmsjax import testing as testing
-    from rmsjax import transforms as transforms
     from rmsjax._coord_check import WidthRecord as WidthRecord
     from rmsjax._coord_check import compare_widths as compare_widths
     from rmsjax._coord_check import coord_check as coord_check
@@ -29,6 +117,7 @@ if _TYPE_CHECKING:
     from rmsjax.probe import activation_rms as activation_rms
     from rmsjax.probe import gradient_rms as gradient_rms
     from rmsjax.report import RMSReport as RMSReport
+    from rmsjax.report import RMSRow as RMSRow
     from rmsjax.report import rms_report as rms_report
     from rmsjax.transforms import ClipByRelativeRMSState as ClipByRelativeRMSState
     from rmsjax.transforms import ClipByRMSState as ClipByRMSState
@@ -42,44 +131,15 @@ if _TYPE_CHECKING:
     from rmsjax.transforms import rms_states as rms_states
     from rmsjax.transforms import scale_by_stable_adam as scale_by_stable_adam
     from rmsjax.transforms import stable_adamw as stable_adamw
+else:  # a type checker that saw this function would take every name for one of ours
 
-__version__ = "0.1.0"
-
-# These load on first use, since they import flax, optax or matplotlib, and most programs use only some of them.
-_SUBMODULES = ("geometry", "linen", "nnx", "penalties", "plot", "probe", "report", "testing", "transforms")
-_HOMES = {
-    "ClipByRMSState": "transforms",
-    "ClipByRelativeRMSState": "transforms",
-    "NormalizeByRMSState": "transforms",
-    "RMSReport": "report",
-    "RecordRMSState": "transforms",
-    "ScaleByStableAdamState": "transforms",
-    "WidthRecord": "_coord_check",
-    "activation_rms": "probe",
-    "clip_by_relative_rms": "transforms",
-    "clip_by_rms": "transforms",
-    "compare_widths": "_coord_check",
-    "coord_check": "_coord_check",
-    "gradient_rms": "probe",
-    "normalize_by_rms": "transforms",
-    "record_rms": "transforms",
-    "rms_operator_norm": "_operator_norm",
-    "rms_operator_norm_by_path": "_operator_norm",
-    "rms_penalty": "penalties",
-    "rms_report": "report",
-    "rms_states": "transforms",
-    "scale_by_stable_adam": "transforms",
-    "stable_adamw": "transforms",
-}
-
-
-def __getattr__(name: str) -> _Any:
-    if name in _SUBMODULES:
-        return _import_module(f"rmsjax.{name}")
-    if name in _HOMES:
-        return getattr(_import_module(f"rmsjax.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'rmsjax' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f"rmsjax.{name}")
+        if name in _HOME_OF:
+            return getattr(import_module(f"rmsjax.{_HOME_OF[name]}"), name)
+        raise AttributeError(f"module 'rmsjax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SUBMODULES, *_HOMES])
+    return sorted(__all__)

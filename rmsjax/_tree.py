@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
 
 Axes: TypeAlias = int | Sequence[int]
-Scope: TypeAlias = str | Axes | Callable[[str, Array], str | Axes]
+Scope: TypeAlias = Literal["global", "block"] | Axes | Callable[[str, Array], str | Axes]
 """How the elements of a tree are pooled; `tree_rms` says what each kind means."""
+
+
+T = TypeVar("T")
 
 
 class Grouping(NamedTuple):
@@ -68,6 +71,11 @@ class Grouping(NamedTuple):
 def leaf_paths(tree: Any, sep: str = "/") -> list[str]:
     """The path of each leaf as one string; boxes are no part of it."""
     return [jax.tree_util.keystr(path, simple=True, separator=sep) for path in key_paths(tree)]
+
+
+def is_state(node: Any) -> bool:
+    """Whether this is the state of one of rmsjax's transformations."""
+    return isinstance(node, tuple) and hasattr(node, "norm_fields")
 
 
 def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number, abstract: bool = False) -> Grouping:
@@ -136,6 +144,21 @@ def measure(grouping: Grouping, mapped: Mapped) -> PerPool:
 def _measure(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) -> PerPool:
     plan = _reduce.make_plan(leaves, pools, mapped=mapped)
     return _reduce.root_mean_square(plan, leaves)
+
+
+@overload
+def tree_rms(
+    tree: PyTree, scope: Literal["global"] = "global", *, axis_name: str | Sequence[str] | None = None
+) -> Real[Array, ""]: ...
+
+
+@overload
+def tree_rms(
+    tree: T,
+    scope: Literal["block"] | Axes | Callable[[str, Array], str | Axes],
+    *,
+    axis_name: str | Sequence[str] | None = None,
+) -> T: ...
 
 
 def tree_rms(

@@ -64,6 +64,11 @@ __all__ = [
     "worst_rotation",
 ]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 T = TypeVar("T")
 
 _KINDS = 4  # of points, see `_points`

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Bool, Inexact
 
+__all__ = ["RMSNorm"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 class RMSNorm(nn.Module):
     r"""RMS layer normalization, $y = \frac{x}{\sqrt{\|x\|_{RMS}^2 + \epsilon}} \odot (\text{scale} + \text{offset})$.

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Bool, Inexact
 
+__all__ = ["RMSNorm"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 class RMSNorm(nnx.Module):
     r"""RMS layer normalization, $y = \frac{x}{\sqrt{\|x\|_{RMS}^2 + \epsilon}} \odot (\text{scale} + \text{offset})$.

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 
     from rmsjax._coord_check import WidthRecord
 
+__all__ = ["coord_check", "layer_by_step", "over_training", "rms_and_l2"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 _COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9"),
     *("#882255", "#808080", "#999933", "#332288"),

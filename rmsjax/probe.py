@@ -25,6 +25,13 @@ from rmsjax._tags import arrays_of, by_name, is_array, partition, run, tag_tree,
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
 
+__all__ = ["Model", "activation_rms", "capture", "collect", "gradient_rms", "tag"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 T = TypeVar("T")
 Model: TypeAlias = nnx.Module | MethodType | tuple[nn.Module, Mapping[str, Any]]
 """A model: an NNX module or a method of one, or a Linen module and its variables as a tuple."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from rmsjax._reduce import UNMAPPED
 from rmsjax._text import text_table
-from rmsjax._tree import Scope, group, leaf_paths, measure
+from rmsjax._tree import Scope, group, is_state, leaf_paths, measure
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -157,11 +157,6 @@ def _recorded(tree: PyTree, sep: str) -> Iterator[list[RMSRow]]:
                 RMSRow(path, None, None, _flat(norm), None if share is None else _flat(share))
                 for path, norm, share in itertools.zip_longest(paths, jax.tree.leaves(norms), shares)
             ]
-
-
-def is_state(node: Any) -> bool:
-    """Whether this is the state of one of rmsjax's transformations."""
-    return isinstance(node, tuple) and hasattr(node, "norm_fields")
 
 
 def _flat(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:

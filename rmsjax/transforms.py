@@ -27,8 +27,7 @@ from jax import Array, lax
 
 from rmsjax._checks import as_mapped, as_number, as_numeric, as_threshold
 from rmsjax._reduce import UNMAPPED, PerPool, accumulator_dtype, lift, times
-from rmsjax._tree import Grouping, Scope, group, leaf_paths, measure, rescale
-from rmsjax.report import is_state
+from rmsjax._tree import Grouping, Scope, group, is_state, leaf_paths, measure, rescale
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike

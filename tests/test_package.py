@@ -1,6 +1,9 @@
 """The package as a user meets it: imports, names, README, command line."""
 
+import ast
+import importlib
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -16,7 +19,6 @@ from tests.test_notebooks import assert_same_picture, assert_same_text
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-HOMES = {"penalties", "report", "transforms"}  # modules that the functions of are public in rmsjax itself
 
 
 def python(code):
@@ -35,6 +37,36 @@ def test_every_name_resolves():
         assert getattr(rmsjax, name) is not None
     with pytest.raises(AttributeError, match="module 'rmsjax' has no attribute 'rms_norm'"):
         rmsjax.rms_norm  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["rmsjax", *(f"rmsjax.{name}" for name in rmsjax._MODULES)])
+def test_dir_shows_what_is_public_alone(name):
+    """Neither imports nor names with an underscore; and all that the module defines without one."""
+    module = importlib.import_module(name)
+    own = {key for key, value in vars(module).items() if getattr(value, "__module__", "") == name}
+    own -= {"T"}  # of typing
+    assert {key for key in own if not key.startswith("_")} <= set(dir(module))
+    assert dir(module) == sorted(module.__all__)
+    assert [key for key in dir(module) if key.startswith("_")] == []
+    assert all(getattr(value, "__module__", name).startswith("rmsjax") for key, value in public_values(module))
+
+
+def public_values(module):
+    """Functions and classes."""
+    values = {key: getattr(module, key) for key in dir(module)}
+    return [(key, value) for key, value in values.items() if inspect.isroutine(value) or inspect.isclass(value)]
+
+
+def test_type_checkers_see_the_names_that_there_are():
+    tree = ast.parse(Path(rmsjax.__file__).read_text("utf-8"))
+    imported = [name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert {name.asname for name in imported if name.asname} == set(dir(rmsjax))
+
+
+def test_all_names_can_be_imported_without_matplotlib():
+    hide = "import importlib.util as u; find = u.find_spec; u.find_spec = lambda name: 'mat' not in name and find(name)"
+    found = python(f"{hide}\nfrom rmsjax import *\nprint('plot' in globals(), 'geometry' in globals(), clip_by_rms)")
+    assert found.startswith("False True <function clip_by_rms")
 
 
 def test_version_comes_from_one_place():
@@ -83,7 +115,7 @@ def test_readme_names_all_that_is_public():
     table = README.split("## All names")[1].split("\n\n")[1]
     named = set(re.findall(r"`(?:nnx\.|linen\.)?(\w+)`", table)) | {"nnx", "linen"}
     public = {name for name in dir(rmsjax) if not name.startswith("_") and not name.endswith("State")}
-    assert public - named == HOMES | {"Scope", "RMSReport"}
+    assert public - named == {"Scope", "RMSReport", "RMSRow"}
     assert {name for name in named - public if name != "RMSNorm"} == set()
 
 

@@ -158,7 +158,8 @@ def chains():
     yield "alone", clip, [""]
     yield "two alike", optax.chain(record, clip, optax.adam(1e-3), clip_by_rms(2.0)), ["0", "1", "3"]
     yield "named", optax.named_chain(("record", record), ("clip", clip)), ["record", "clip"]
-    yield "scheduled", optax.inject_hyperparams(clip_by_rms, hyperparam_dtype=jnp.float32)(max_rms=lambda step: 1.0), ["inner_state"]
+    scheduled = optax.inject_hyperparams(clip_by_rms, hyperparam_dtype=jnp.float32)
+    yield "scheduled", scheduled(max_rms=lambda step: 1.0), ["inner_state"]
     yield "several steps", optax.MultiSteps(clip, 2).gradient_transformation(), ["inner_opt_state"]
     yield "masked", optax.chain(optax.masked(record, True), optax.adam(1e-3)), ["0/inner_state"]
     parts = optax.partition({"a": record, "b": clip}, lambda tree: jax.tree.map(lambda leaf: "ab"[leaf.ndim > 1], tree))
