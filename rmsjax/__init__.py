@@ -63,15 +63,19 @@ pictures. What a `WidthRecord` saved, later versions load. Names with an undersc
 may change at any time.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rmsjax._norm import rms as rms
 from rmsjax._norm import rms_normalize as rms_normalize
-from rmsjax._tree import Scope as Scope
+from rmsjax._tree import Scope as _Scope
 from rmsjax._tree import rms_by_path as rms_by_path
 from rmsjax._tree import tree_rms as tree_rms
+
+Scope: TypeAlias = _Scope
+"""Which elements of a tree share a norm; the guide above says what each kind means."""
 
 __version__ = "0.1.0"
 
@@ -139,6 +143,9 @@ else:  # a type checker that saw this function would take every name for one of 
         if name in _HOME_OF:
             return getattr(import_module(f"rmsjax.{_HOME_OF[name]}"), name)
         raise AttributeError(f"module 'rmsjax' has no attribute {name!r}")
+
+    if "pdoc" in sys.modules:
+        import_module("rmsjax._documentation").prepare(globals(), __all__)
 
 
 def __dir__() -> list[str]:

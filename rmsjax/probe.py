@@ -74,7 +74,7 @@ def tag(x: T, name: str) -> T:
 def collect(
     fn: Callable[..., Any], *, reduce: Callable[[Array], Any] | None = None, gradients: bool = False
 ) -> Callable[..., Any]:
-    """fn, but that it returns what it tagged as well: $(fn(x), \\{name: value\\})$.
+    """fn, but that it returns what it tagged as well: $(fn(x), \\lbrace name: value \\rbrace)$.
 
     Works through jit, vmap, grad, scan, cond, while_loop, remat, custom derivatives and shard_map inside fn, and may
     itself be transformed by any of them. Put a jit around it: by itself it runs fn operation by operation.
@@ -134,7 +134,7 @@ def collect(
 
 
 def capture(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, OrderedDict[str, PyTree]]:
-    """Call a Flax model, and return what each of its layers returned: $(model(x), \\{path: h_{path}\\})$.
+    """Call a Flax model, and return what each of its layers returned: $(model(x), \\lbrace path: h_{path} \\rbrace)$.
 
     Every call of a submodule's `__call__` is an entry, under the path of the submodule, and so is the model itself,
     under the name of its class; so are values that the model's code marks with `tag`. All that is said of values in
@@ -176,7 +176,7 @@ def capture(model: Model, *args: Any, **kwargs: Any) -> tuple[Any, OrderedDict[s
 
 
 def activation_rms(model: Model, *args: Any, **kwargs: Any) -> OrderedDict[str, Real[Array, "..."]]:
-    r"""The RMS norm of what each layer of a Flax model returns, $\{path: \|h_{path}\|_{RMS}\}$.
+    r"""The RMS norm of what each layer of a Flax model returns, $\lbrace path: \|h_{path}\|_{RMS} \rbrace$.
 
     Each output is reduced where it arises: no activation leaves the jit, nor the body of a scan. Numerics are those of
     `rmsjax.rms`.
@@ -219,7 +219,7 @@ def activation_rms(model: Model, *args: Any, **kwargs: Any) -> OrderedDict[str, 
 def gradient_rms(
     loss: Callable[[Any], Array], model: Model, *args: Any, **kwargs: Any
 ) -> OrderedDict[str, Real[Array, "..."]]:
-    r"""The RMS norm of the gradient at what each layer returns, $\{path: \|\partial L/\partial h_{path}\|_{RMS}\}$.
+    r"""The RMS norm of the gradient at each layer, $\lbrace path: \|\partial L/\partial h_{path}\|_{RMS} \rbrace$.
 
     The gradient is that of `loss(model(*args, **kwargs))`. As with `activation_rms`, no gradient leaves the jit.
 
