@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import numbers
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,21 @@ _KINDS = {
     jnp.complexfloating: "complex numbers",
     jnp.inexact: "floating-point or complex numbers",
 }
+
+
+def described(value: Any) -> str:
+    """An argument in a few words, for a message: no array is written out."""
+    kind = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"a {kind} with the keys {', '.join(map(repr, cast(Mapping[Any, Any], value)))}"
+    if inspect.isroutine(value):
+        with contextlib.suppress(TypeError, ValueError):  # some builtins have no signature
+            return f"the function {value.__name__}{inspect.signature(value)}"
+    if isinstance(value, (str, bool, numbers.Number)) or value is None:
+        return f"{value!r:.80}"
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
 
 
 def as_numeric(
@@ -152,16 +168,21 @@ def as_full_rank(function: str, argument: str, value: Array, shape: tuple[int, .
     )
 
 
-def as_threshold(function: str, argument: str, value: Any) -> Any:
+def as_threshold(function: str, argument: str, value: Any, *, for_schedule: str = "") -> Any:
     """A number that is at least 0; a traced one, of which nothing is known, is brought to at least 0 (or stays NaN).
 
     A schedule that runs below zero would otherwise turn the sign of what it scales. A known one is a Python number
     from here on: of a JAX array under jit, even one with a value, whatever is computed or asked is traced.
+    `for_schedule`: what to write for a function of the step, if it is not what an optax transformation takes.
     """
+    if callable(value):
+        injected = f'optax.inject_hyperparams({function}, static_args=("scope",))({argument}=...)'
+        fix = f"for a schedule write {for_schedule or injected}"
+        raise TypeError(f"{function}: {argument} must be a number, got {described(value)}; {fix}")
     is_traced = isinstance(value, Tracer)
     array = value if is_traced else np.asarray(value)
     if array.ndim or not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"{function}: {argument} must be a number, got {value!r:.80}")
+        raise TypeError(f"{function}: {argument} must be a number, got {described(value)}")
     if is_traced:
         return jnp.where(value < 0, 0, value)  # not `maximum`, whose derivative at 0 is 1/2
     number = int(array) if jnp.issubdtype(array.dtype, jnp.integer) else float(array)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import operator
 from collections import OrderedDict
@@ -26,6 +27,7 @@ from flax import nnx
 from jax import Array
 from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
+from rmsjax._checks import described
 from rmsjax._models import trainable
 from rmsjax._tags import blank, partition
 from rmsjax._text import text_table, with_interval
@@ -295,7 +297,8 @@ def coord_check(
         The record: norms, slopes, verdicts; print it for a table.
 
     Raises:
-        TypeError: widths, steps or seeds are not integers; make_model does not return a Flax module.
+        TypeError: widths, steps or seeds are not integers; make_model, make_optimizer or loss is no function of these
+            arguments; make_model does not return a Flax module, or make_optimizer no optax transformation.
         ValueError: fewer than two widths, no step, no seed, one of them twice; a batch without a target; widths at
             which the model has different layers.
 
@@ -314,19 +317,30 @@ def coord_check(
 
     Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1.
     """
+    _check_takes("make_model", make_model, ("width", "rngs"), "lambda width, rngs: Model(width, rngs=rngs)")
+    _check_takes("make_optimizer", make_optimizer, ("width",), "lambda width: optax.adam(1e-3)")
+    _check_takes("loss", loss, ("output", "target"), "lambda output, target: ...")
     widths = _integers("coord_check", "widths", widths, least=1, count=2)
     if not isinstance(seeds, Iterable):
         seeds = range(*_integers("coord_check", "seeds", [seeds], least=1))
     seeds = _integers("coord_check", "seeds", seeds, least=0)
     (steps,) = _integers("coord_check", "steps", [steps], least=1)
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        raise ValueError(f"coord_check: batch must be a tuple such as (x, labels), the target last, got {batch!r:.80}")
+        got = f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else described(batch)
+        raise ValueError(f"coord_check: batch must be a tuple such as (x, labels), the target last, got {got}")
+    optimizers = {width: make_optimizer(width) for width in widths}
+    for optimizer in optimizers.values():
+        if not isinstance(optimizer, optax.GradientTransformation):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                "coord_check: make_optimizer must return an optax transformation, such as optax.adam(1e-3), "
+                f"got {described(optimizer)}"
+            )
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
     arrays, join = partition(tuple(batch))
 
     def trained(width: int) -> _Measured:
         def train(arrays: list[Array], key: Array) -> _Measured:
-            return _train(partial(make_model, width), make_optimizer(width), loss, steps, join(arrays), key)
+            return _train(partial(make_model, width), optimizers[width], loss, steps, join(arrays), key)
 
         return jax.device_get(jax.jit(jax.vmap(train, in_axes=(None, 0)))(arrays, keys))
 
@@ -468,6 +482,20 @@ def _record(function: str, widths: list[int], seeds: list[int], measured: list[_
     return WidthRecord(
         layers, np.array(widths), np.array(seeds), rms.astype(float), change.astype(float), sizes, losses.astype(float)
     )
+
+
+def _check_takes(argument: str, function: Any, takes: tuple[str, ...], example: str) -> None:
+    """TypeError unless this is a function that takes these arguments by position."""
+    expected = f"coord_check: {argument} must be a function ({', '.join(takes)})"
+    if not callable(function) or isinstance(function, (nnx.Module, nn.Module)):  # a model can be called too
+        raise TypeError(f"{expected}, got {described(function)}; write {example}")
+    with contextlib.suppress(ValueError):  # some builtins have no signature
+        signature = inspect.signature(function)
+        try:
+            signature.bind(*takes)
+        except TypeError:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise TypeError(f"{expected}, got {name}{signature}; write {example}") from None
 
 
 def _integers(function: str, argument: str, values: Iterable[int], *, least: int, count: int = 1) -> list[int]:

@@ -78,6 +78,19 @@ def is_state(node: Any) -> bool:
     return isinstance(node, tuple) and hasattr(node, "norm_fields")
 
 
+def check_scope(function: str, scope: Any) -> None:
+    """An error for what is no scope of any tree."""
+    expected = f"{function}: scope must be 'global', 'block', axes or a callable"
+    if isinstance(scope, str):
+        if scope not in ("global", "block"):
+            close = difflib.get_close_matches(scope, ("global", "block"), n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{expected}, got {scope!r}{meant}")
+    elif not callable(scope) and not isinstance(scope, (int, np.integer, tuple, list)):
+        hint = "; under optax.inject_hyperparams name it in static_args" if isinstance(scope, jax.Array) else ""
+        raise TypeError(f"{expected}, got {scope!r:.80}{hint}")
+
+
 def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number, abstract: bool = False) -> Grouping:
     """The leaves of a tree, which may be shapes without data, and the pools that the scope makes of them."""
     given, treedef = jax.tree.flatten(tree)
@@ -86,17 +99,11 @@ def group(function: str, tree: Any, scope: Scope, *, kind: Any = jnp.number, abs
     for path, leaf in zip(paths, given, strict=True):
         name = f"leaf {path!r}" if path else "the tree"
         leaves.append(as_numeric(function, name, leaf, kind=kind, hint=_leaf_hint(leaf), abstract=abstract))
+    check_scope(function, scope)
     if isinstance(scope, str):
-        if scope not in ("global", "block"):
-            close = difflib.get_close_matches(scope, ("global", "block"), n=1)
-            meant = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{function}: scope must be 'global', 'block', axes or a callable, got {scope!r}{meant}")
         everything = tuple(range(len(leaves)))
         pools = [Pool(everything)] if scope == "global" else [Pool((i,)) for i in everything]
         return Grouping(leaves, treedef, tuple(pools), scope == "global", bare)
-    if not callable(scope) and not isinstance(scope, (int, np.integer, tuple, list)):
-        hint = "; under optax.inject_hyperparams name it in static_args" if isinstance(scope, jax.Array) else ""
-        raise TypeError(f"{function}: scope must be 'global', 'block', axes or a callable, got {scope!r:.80}{hint}")
     members: dict[Hashable, list[int]] = {}
     axes: dict[Hashable, tuple[int, ...]] = {}
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):

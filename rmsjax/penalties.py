@@ -33,8 +33,13 @@ def rms_penalty(
     mean of squares knows no level but zero. The derivative is finite everywhere, and 0 for a tensor of zeros. With
     target 0 the penalty is the mean square, also in its second derivative.
 
+    Every leaf of the tree counts alike: of all parameters of a model, biases and scales are held to the level as well
+    as kernels. So give it the leaves that are meant, such as `nnx.state(model, lambda path, _: path[-1] == "kernel")`,
+    or those of a dict of parameters by `jax.tree.map_with_path`, with None for the others; None is passed over. With
+    kind "ceiling" what is small, as most biases are, is left alone.
+
     Args:
-        tree: parameters, activations: any pytree of floating or complex arrays.
+        tree: kernels, activations: any pytree of floating or complex arrays.
         target: the level, at least 0, in the unit of the tree.
         scope: what shares a norm, see `rmsjax.tree_rms`; with axes, each entry that is kept counts as one norm.
         kind: "two_sided" pulls norms to the target; "ceiling" leaves those below it alone.
@@ -52,8 +57,8 @@ def rms_penalty(
         >>> import jax, jax.numpy as jnp
         >>> from rmsjax import rms_penalty
         >>> params = {"w": jnp.full((2, 2), 3.0), "b": jnp.zeros(2)}
-        >>> print(rms_penalty(params), rms_penalty(params, kind="ceiling"))
-        2.5 2.0
+        >>> print(rms_penalty(params), rms_penalty(params, kind="ceiling"), rms_penalty(params | {"b": None}))
+        2.5 2.0 4.0
         >>> print(jax.grad(rms_penalty)(params)["w"][0])
         [0.5 0.5]
 
@@ -61,7 +66,7 @@ def rms_penalty(
     take L2 norms of activations, and for the level the norm at the time step before.
     """
     name = "rms_penalty"
-    target = as_threshold(name, "target", target)
+    target = as_threshold(name, "target", target, for_schedule="target=schedule(step)")
     if kind not in ("two_sided", "ceiling"):
         raise ValueError(f"{name}: kind must be 'two_sided' or 'ceiling', got {kind!r}")
     grouping, mapped = group(name, tree, scope, kind=jnp.inexact), as_mapped(name, axis_name)

@@ -27,7 +27,7 @@ from jax import Array, lax
 
 from rmsjax._checks import as_mapped, as_number, as_numeric, as_threshold
 from rmsjax._reduce import UNMAPPED, PerPool, accumulator_dtype, lift, times
-from rmsjax._tree import Grouping, Scope, group, is_state, leaf_paths, measure, rescale
+from rmsjax._tree import Grouping, Scope, check_scope, group, is_state, leaf_paths, measure, rescale
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -303,6 +303,7 @@ def clip_by_rms(
     (arXiv 1804.04235), section 6, for scope "block".
     """
     name = "clip_by_rms"
+    check_scope(name, scope)
     max_rms = as_threshold(name, "max_rms", max_rms)
 
     def init_fn(params: PyTree) -> ClipByRMSState:
@@ -371,6 +372,7 @@ def clip_by_relative_rms(
     ratio one of typical elements; the floor is epsilon_2 of Shazeer and Stern (arXiv 1804.04235), section 8.
     """
     name = "clip_by_relative_rms"
+    check_scope(name, scope)
     max_ratio = as_threshold(name, "max_ratio", max_ratio)
     min_rms = as_threshold(name, "min_rms", min_rms)
 
@@ -480,6 +482,7 @@ def normalize_by_rms(
     Source: Liu et al., Muon is Scalable for LLM Training (arXiv 2502.16982), section 2.2, for the target 0.2.
     """
     name = "normalize_by_rms"
+    check_scope(name, scope)
     target = as_threshold(name, "target", target)
     epsilon = as_threshold(name, "epsilon", epsilon)
 
@@ -554,6 +557,7 @@ def record_rms(
     section 3.
     """
     name = "record_rms"
+    check_scope(name, scope)
     if ema_decay is not None:
         ema_decay = _as_decay(name, "ema_decay", ema_decay)
 
@@ -657,6 +661,7 @@ def scale_by_stable_adam(
     (arXiv 2304.13013), Algorithm 2 (StableAdamW).
     """
     name = "scale_by_stable_adam"
+    check_scope(name, scope)
     b1, b2 = _as_decay(name, "b1", b1), _as_decay(name, "b2", b2)
     eps = as_threshold(name, "eps", eps)
     weight_decay = as_threshold(name, "weight_decay", weight_decay)

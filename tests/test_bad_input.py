@@ -220,10 +220,13 @@ MISTAKES = {
         *("clip_by_rms", "max_rms", "at least 0", "nan"),
     ),
     "max_rms complex": (lambda: rmsjax.clip_by_rms(1j), TypeError, "clip_by_rms", "max_rms", "a number", "1j"),
-    "max_rms an array": (lambda: rmsjax.clip_by_rms(X[0]), TypeError, "clip_by_rms", "max_rms", "a number", "Array"),
+    "max_rms an array": (
+        *(lambda: rmsjax.clip_by_rms(X[0]), TypeError),
+        *("clip_by_rms", "max_rms", "a number", r"got an array of shape \(4,\)"),
+    ),
     "max_rms a schedule": (
         *(lambda: rmsjax.clip_by_rms(optax.constant_schedule(1.0)), TypeError),
-        *("clip_by_rms", "max_rms", "a number", "got <function"),
+        *("clip_by_rms", "max_rms", "a number", "got the function", "inject_hyperparams", "static_args"),
     ),
     "scope of a clip misspelt": (
         *(lambda: rmsjax.clip_by_rms(1.0, "blok").init(TREE), ValueError),

@@ -616,14 +616,49 @@ def test_only_norms_leave_the_program():
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"steps": 1.5}, TypeError, "steps must be integers"),
         ({"batch": (X,)}, ValueError, r"batch must be a tuple such as \(x, labels\)"),
-        ({"batch": {"x": X}}, ValueError, "batch must be a tuple"),
+        ({"batch": [X]}, ValueError, "batch must be a tuple .* got a list of 1$"),
+        ({"batch": {"x": X, "y": X}}, ValueError, "batch must be a tuple .* got a dict with the keys 'x', 'y'$"),
+        ({"batch": X}, ValueError, r"batch must be a tuple .* got an array of shape \(16, 8\) and dtype float32$"),
+        (
+            {"make_optimizer": optax.adam(1e-3)},
+            TypeError,
+            r"make_optimizer must be a function \(width\), got a GradientTransformation\w*; write lambda width: optax",
+        ),
+        (
+            {"make_optimizer": lambda: optax.sgd(1)},
+            TypeError,
+            r"make_optimizer must be .*, got <lambda>\(\); write",
+        ),
+        ({"make_optimizer": lambda width: 1e-3}, TypeError, "make_optimizer must return an optax .*, got 0.001$"),
+        (
+            {"make_model": nnx.Linear(8, 8, rngs=nnx.Rngs(0))},
+            TypeError,
+            "make_model must be .*, got a Linear; write",
+        ),
+        (
+            {"make_model": nn.Dense(8)},
+            TypeError,
+            r"make_model must be .* \(width, rngs\), got a Dense; write",
+        ),
+        (
+            {"make_model": lambda width: nn.Dense(width)},
+            TypeError,
+            r"make_model must be .*, got <lambda>\(width\); w",
+        ),
+        (
+            {"loss": lambda params, x, y: 0.0},
+            TypeError,
+            r"loss must be .* \(output, target\), got <lambda>\(params",
+        ),
+        ({"loss": 1.0}, TypeError, "loss must be a function .*, got 1.0; write lambda output, target"),
         ({"make_model": lambda width, rngs: jnp.tanh}, TypeError, "coord_check: model must be a flax.nnx module"),
     ],
 )
 def test_errors(kwargs, error, message):
     kwargs = {"make_model": lambda width, rngs: nnx.Linear(8, width, rngs=rngs)} | kwargs
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         check(**kwargs)
+    assert str(raised.value).startswith("coord_check: ")
 
 
 # ------------------------------------------------------------------------------------------------------- compare_widths
