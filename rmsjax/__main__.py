@@ -7,148 +7,21 @@ digits, and gives the verdict; lays RMS and L2 norms side by side; trains each w
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import socket
 import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import NoReturn
 
-import jax
-import numpy as np
-import optax
-from flax import nnx
+from rmsjax._text import wrapped
 
-import rmsjax
-from rmsjax._text import text_table
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from jax import Array
-    from jaxtyping import Float, Int
-    from matplotlib.figure import Figure
-
-BATCH = 128
-INPUTS = 64
-RATE = 3e-3
-MAX_RMS = 2e-3
-CHECKED_STEPS, CHECKED_SEEDS = 4, 3
-
-
-class Digits(NamedTuple):
-    """8 x 8 pictures of handwritten digits as vectors, and what they show; a fifth is held out."""
-
-    x: Float[np.ndarray, "train 64"]
-    y: Int[np.ndarray, "train"]
-    x_test: Float[np.ndarray, "test 64"]
-    y_test: Int[np.ndarray, "test"]
-
-
-def load_digits(seed: int) -> Digits:
-    """The UCI handwritten digits that ship with scikit-learn, shuffled, with mean 0 and RMS 1."""
-    from sklearn.datasets import load_digits
-
-    x, y = load_digits(return_X_y=True)
-    order = np.random.default_rng(seed).permutation(len(x))
-    x, y = x[order].astype(np.float32), y[order].astype(np.int32)
-    held_out = len(x) // 5
-    x = x - x[held_out:].mean()
-    x = x / float(rmsjax.rms(x[held_out:]))
-    return Digits(x[held_out:], y[held_out:], x[:held_out], y[:held_out])
-
-
-class Block(nnx.Module):
-    """A residual block with the norm in front."""
-
-    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
-        self.norm = rmsjax.nnx.RMSNorm(width, rngs=rngs)
-        self.up = nnx.Linear(width, 2 * width, rngs=rngs)
-        self.down = nnx.Linear(2 * width, width, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return x + self.down(jax.nn.gelu(self.up(self.norm(x))))
-
-
-class Classifier(nnx.Module):
-    """A residual network of two blocks, with a head that starts at 0, as muP advises."""
-
-    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Linear(INPUTS, width, rngs=rngs)
-        self.first = Block(width, rngs)
-        self.second = Block(width, rngs)
-        self.norm = rmsjax.nnx.RMSNorm(width, rngs=rngs)
-        self.head = nnx.Linear(width, 10, kernel_init=nnx.initializers.zeros, rngs=rngs)
-
-    def __call__(self, x: Array) -> Array:
-        return self.head(self.norm(self.second(self.first(self.embed(x)))))
-
-
-def make_optimizer(rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-    """Adam with clipped gradients, and for each kernel a rate over its fan-in.
-
-    Adam moves every weight by its rate, and an output adds up as many of them as the fan-in: so outputs of all widths
-    move equally (Yang et al., arXiv 2203.03466, table 3).
-    """
-
-    def over_fan_in(updates: Any, params: Any) -> Any:
-        del params
-        return jax.tree.map(lambda u: u * (INPUTS / u.shape[0]) if u.ndim == 2 else u, updates)
-
-    return optax.chain(rmsjax.clip_by_rms(MAX_RMS), optax.adam(rate), optax.stateless(over_fan_in))
-
-
-def check(data: Digits, widths: Sequence[int], seed: int) -> rmsjax.WidthRecord:
-    """The coordinate check of the classifier, on one batch."""
-    return rmsjax.coord_check(
-        Classifier,
-        (data.x[:BATCH], data.y[:BATCH]),
-        widths=widths,
-        make_optimizer=lambda width: make_optimizer(RATE),
-        loss=optax.softmax_cross_entropy_with_integer_labels,
-        steps=CHECKED_STEPS,
-        seeds=range(seed, seed + CHECKED_SEEDS),
-    )
-
-
-def draw(record: rmsjax.WidthRecord) -> Figure:
-    """The picture: the changes after the first and after the last step of the check."""
-    return rmsjax.plot.coord_check(record, steps=[1, CHECKED_STEPS], title="Residual classifier of digits")
-
-
-class Run(NamedTuple):
-    """What the training of one width showed."""
-
-    gradient_rms: float
-    share_clipped: float
-    accuracy: float
-
-
-def train(width: int, data: Digits, steps: int, seed: int, advance: Callable[[int], Any]) -> Run:
-    """Train one width; `advance` is told of every step that is done."""
-    tx = make_optimizer(optax.cosine_decay_schedule(RATE, steps))
-    graph, params = nnx.split(Classifier(width, nnx.Rngs(seed)))
-
-    def loss_fn(params: Any, x: Array, y: Array) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, params)(x), y).mean()
-
-    @jax.jit
-    def some_steps(carry: Any, batches: Any) -> Any:
-        def step(carry: Any, batch: Any) -> Any:
-            params, state = carry
-            updates, state = tx.update(jax.grad(loss_fn)(params, *batch), state, params)
-            return (optax.apply_updates(params, updates), state), optax.tree.get(state, "rms")
-
-        return jax.lax.scan(step, carry, batches)
-
-    rng = np.random.default_rng(seed)
-    carry, gradient_rms = (params, tx.init(params)), []
-    for done in range(0, steps, 20):
-        picks = rng.integers(len(data.x), size=(min(20, steps - done), BATCH))
-        carry, norms = some_steps(carry, (data.x[picks], data.y[picks]))
-        gradient_rms.append(np.asarray(norms))
-        advance(len(picks))
-    params, state = carry
-    accuracy = np.mean(np.argmax(jax.jit(nnx.merge(graph, params))(data.x_test), -1) == data.y_test)
-    share = int(optax.tree.get(state, "num_clipped")) / steps
-    return Run(float(np.mean(np.concatenate(gradient_rms))), share, float(accuracy))
+_SUFFIXES = (".png", ".pdf", ".svg")
+_TAKES = "less than a minute"  # with the default arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -156,8 +29,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help shows the arguments)\n")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults are shown, and the description keeps its lines."""
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of the command line."""
+    """The arguments of the command line, all of them checked."""
 
     def positive(text: str) -> int:
         value = int(text)
@@ -165,61 +42,83 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text} is not a positive number")
         return value
 
-    parser = _Parser(prog="python -m rmsjax", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=positive, nargs="+", default=[64, 128, 256, 512], help="two or more widths")
-    parser.add_argument("--steps", type=positive, default=200, help="training steps for each width")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data split, initialisation and batches")
-    parser.add_argument("--out", default="rmsjax.png", help="where the picture goes")
+    example = "example:\n  python -m rmsjax --widths 32 128 512 --steps 100 --out widths.svg"
+    about = "\n\n".join(map(wrapped, (__doc__ or "").split("\n\n")))
+    parser = _Parser(prog="python -m rmsjax", description=about, epilog=example, formatter_class=_Help)
+    add, widths = parser.add_argument, [64, 128, 256, 512]
+    add("--widths", type=positive, nargs="+", metavar="N", default=widths, help="two or more widths")
+    add("--steps", type=positive, metavar="N", default=200, help="training steps for each width")
+    add("--seed", type=int, metavar="N", default=0, help="seed of data split, initialisation and batches")
+    add("--out", type=Path, metavar="PATH", default=Path("rmsjax.png"), help="a file, or a folder, for the picture")
     args = parser.parse_args(argv)
     if len(set(args.widths)) < 2 or len(set(args.widths)) < len(args.widths):
         parser.error(f"argument --widths: expected two or more different widths, got {args.widths}")
     if args.seed < 0:
         parser.error(f"argument --seed: {args.seed} is negative")
-    if not Path(args.out).absolute().parent.is_dir():
-        parser.error(f"argument --out: no folder {Path(args.out).parent}")
+    if args.out.is_dir():
+        args.out /= "rmsjax.png"
+    if problem := _why_not_writable(args.out):
+        parser.error(f"argument --out: {problem}")
+    args.widths.sort()
     return args
+
+
+def _why_not_writable(path: Path) -> str:
+    """What keeps a picture from being written there; empty if nothing does."""
+    if path.suffix.lower() not in _SUFFIXES:
+        return f"expected a name that ends in {', '.join(_SUFFIXES)}, got {path}"
+    if not path.absolute().parent.is_dir():
+        return f"no folder {path.parent}"
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        return f"cannot write in folder {path.absolute().parent}: {error.strerror}"
+    return f"cannot write to {path}" if path.exists() and not os.access(path, os.W_OK) else ""
+
+
+def stop_at_once_on_ctrl_c() -> None:
+    """Ctrl-C ends the program with one line and code 130, also while XLA compiles.
+
+    A handler in Python would wait until the main thread is back from XLA, for seconds; and an exception that unwinds
+    from there leaves XLA's threads to a dying interpreter. So a thread waits for the byte that the interpreter writes
+    as soon as the signal is there.
+    """
+    told, telling = socket.socketpair()
+    telling.setblocking(False)
+
+    def wait() -> None:
+        told.recv(1)
+        os.write(2, b"\ninterrupted\n")
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
+    signal.set_wakeup_fd(telling.detach(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, lambda *_: None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, train, print the tables, draw the picture."""
     args = parse(argv)
+    listed = ", ".join(map(str, args.widths))
+    print(wrapped(f"Checks and trains a classifier of handwritten digits at widths {listed}."), flush=True)
     try:
-        import matplotlib as mpl
-        import sklearn  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        from tqdm import tqdm
+        for needed in ("matplotlib", "sklearn", "tqdm"):
+            import_module(needed)
     except ImportError as error:
         print(f"python -m rmsjax needs {error.name}: pip install 'rmsjax[demo]'", file=sys.stderr)
         return 2
-    mpl.use("Agg")
-    data, widths = load_digits(args.seed), sorted(args.widths)
+    from rmsjax._demo import run
 
-    record = check(data, widths, args.seed)
-    print(f"\n1. Coordinate check: does the classifier learn alike at every width?\n\n{record}")
-    print("\nA slope of 0 is level: activations, and what training changes in them, are as large in a wide model as in")
-    print("a narrow one. Then a learning rate that suits a narrow model suits a wide one.")
-
-    print(f"\n2. The same activations after {record.steps} steps, by two rulers\n\n{record.width_table()}")
-    print("\nBy the RMS norm, widths compare. The L2 norm of a layer grows like the root of its width, a slope of 0.5,")
-    print("though nothing is wrong.")
-
-    with tqdm(total=len(widths) * args.steps, unit="step") as bar:
-        runs: list[Run] = []
-        for width in widths:
-            bar.set_description(f"width {width}")
-            runs.append(train(width, data, args.steps, args.seed, bar.update))
-    rows = [
-        ["", *(f"width {width}" for width in widths)],
-        ["test accuracy", *(f"{run.accuracy:.1%}" for run in runs)],
-        ["mean gradient RMS", *(f"{run.gradient_rms:.1e}" for run in runs)],
-        ["steps clipped", *(f"{run.share_clipped:.0%}" for run in runs)],
-    ]
-    print(f"\n3. Training: {args.steps} steps, gradients clipped to an RMS of {MAX_RMS:g}\n\n{text_table(rows)}")
-    print("\nAll share one learning rate. How gradients scale with width is a matter of the model; Adam undoes it.")
-
-    draw(record).savefig(args.out, dpi=150)
-    print(f"\nPicture of the coordinate check: {args.out}")
+    try:
+        run(args.widths, args.steps, args.seed, args.out)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 
 if __name__ == "__main__":
+    stop_at_once_on_ctrl_c()
     sys.exit(main())

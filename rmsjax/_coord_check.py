@@ -30,7 +30,7 @@ from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 from rmsjax._checks import described
 from rmsjax._models import trainable
 from rmsjax._tags import blank, partition
-from rmsjax._text import text_table, with_interval
+from rmsjax._text import text_table, with_interval, wrapped
 from rmsjax._tree import tree_rms
 
 if TYPE_CHECKING:
@@ -197,14 +197,15 @@ class WidthRecord:
             columns.append([title, *map(with_interval, slopes.mean, slopes.high)])
         words = [word + (" ?" if layer in self.doubtful else "") for layer, word in self.verdicts.items()]
         rows = zip(["layer", *self.layers], *columns, ["verdict", *words], strict=True)
+        seeds = _counted(len(self.seeds), "seed")
         return "\n".join(
             [
-                f"slopes of log RMS against log width, mean over {_counted(len(self.seeds), 'seed')} ± 95 % interval",
-                f"widths {', '.join(map(str, self.widths))}; {_counted(self.steps, 'step')} of training",
+                wrapped(f"slopes of log RMS against log width, mean over {seeds} ± 95 % interval"),
+                wrapped(f"widths {', '.join(map(str, self.widths))}; {_counted(self.steps, 'step')} of training"),
                 "",
                 text_table(rows),
                 "",
-                self._conclusion(),
+                wrapped(self._conclusion()),
             ]
         )
 

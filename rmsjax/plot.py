@@ -57,7 +57,8 @@ def coord_check(
     """The coordinate check: a panel for each step, RMS against width, a line for each layer.
 
     Lines are geometric means over seeds. The legend gives their slopes at the last step shown, with the 95 % interval
-    over seeds. In a width-neutral parametrisation the lines are level.
+    over seeds. In a width-neutral parametrisation the lines are level. A question mark is that of the table: at one end
+    of the interval the verdict would be another.
 
     Args:
         record: what `rmsjax.coord_check` returned.
@@ -80,7 +81,7 @@ def coord_check(
         ...     ("dense",), widths, np.array([0]), rms=ones, change=change, sizes=widths[:, None], loss=ones[..., 0])
         >>> figure = rmsjax.plot.coord_check(record, title="A layer that changes like the root of the width")
         >>> print(figure.get_suptitle())
-        A layer that changes like the root of the width, verdict: grows
+        A layer that changes like the root of the width, verdict: grows ?
 
     Source: Yang et al. (arXiv 2203.03466), appendix D.1.
     """
@@ -89,8 +90,10 @@ def coord_check(
         raise ValueError(f"plot.coord_check: steps must be some of 0 to {record.steps}, got {shown}")
     means, slopes, at = record.over_seeds(quantity), record.slopes(quantity), shown[-1]
     names, chosen = _distinct(record.layers, np.moveaxis(means, -1, 0))
-    labels = _columns(names, [with_interval(slopes.mean[at, k], slopes.high[at, k]) for k in chosen])
-    verdict = f"verdict: {record.verdict}"
+    marks = [" ?" if at == record.steps and record.layers[k] in record.doubtful else "" for k in chosen]
+    values = [with_interval(slopes.mean[at, k], slopes.high[at, k]) for k in chosen]
+    labels = _columns(names, [value + mark for value, mark in zip(values, marks, strict=True)])
+    verdict = f"verdict: {record.verdict}{'' if _is_sure(record) else ' ?'}"
     figure, panels = _panels(len(shown), labels, f"{title}, {verdict}" if title else verdict)
     drawn = [
         _over_width(panel, record, means[:, step, chosen], f"step {step}")
@@ -100,6 +103,12 @@ def coord_check(
     figure.supylabel(_NAMES[quantity])
     _legend_beside(figure, drawn[0], labels, f"slope at step {at}")
     return figure
+
+
+def _is_sure(record: WidthRecord) -> bool:
+    """Whether the verdict on the whole is the same at both ends of all intervals."""
+    sure = {word for layer, word in record.verdicts.items() if layer not in record.doubtful}
+    return record.verdict in sure and not (record.verdict == "level" and record.doubtful)
 
 
 def over_training(

@@ -5,16 +5,20 @@ import importlib
 import importlib.metadata
 import inspect
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
 import rmsjax
 from rmsjax import __main__ as main_job
+from rmsjax._text import text_table
 from tests.test_notebooks import assert_same_picture, assert_same_text
 
 ROOT = Path(__file__).parent.parent
@@ -157,6 +161,9 @@ def test_main_job(tmp_path, capsys):
         (["--seed", "-1"], "argument --seed: -1 is negative"),
         (["--colour"], "unrecognized arguments: --colour"),
         (["--out", "/no/such/folder/picture.png"], "argument --out: no folder /no/such/folder"),
+        (["--out", "picture"], "argument --out: expected a name that ends in .png, .pdf, .svg, got picture"),
+        (["--out", "picture.docx"], "argument --out: expected a name that ends in .png"),
+        (["--out", "/proc/picture.png"], "argument --out: cannot write in folder /proc"),
     ],
 )
 def test_bad_arguments_give_one_line_and_exit_code_2(argv, message, capsys):
@@ -172,3 +179,65 @@ def test_missing_extra_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert main_job.main([]) == 2
     assert "needs sklearn: pip install 'rmsjax[demo]'" in capsys.readouterr().err
+
+
+def test_a_folder_gets_a_picture_of_the_usual_name(tmp_path):
+    assert main_job.parse(["--out", str(tmp_path)]).out == tmp_path / "rmsjax.png"
+    assert list(tmp_path.iterdir()) == []  # it was only tried
+
+
+def test_help_shows_defaults_and_an_example_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit, match="0"):
+        main_job.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 60
+    text = " ".join(" ".join(lines).split())
+    assert text.count("(default: ") == 4
+    assert "example: python -m rmsjax --widths " in text
+
+
+def test_tables_fit_into_the_terminal(monkeypatch):
+    """Columns that do not fit go below, with the first one once more; without a terminal there is no limit."""
+    rows = [["layer", "RMS 64", "RMS 128", "slope"], ["first/norm", "1", "2", "+1.00"]]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert len(text_table(rows).splitlines()) == 2
+    monkeypatch.setenv("COLUMNS", "28")
+    assert text_table(rows).splitlines() == [
+        *("layer       RMS 64  RMS 128", "first/norm       1        2", ""),
+        *("layer       slope", "first/norm  +1.00"),
+    ]
+    monkeypatch.setenv("COLUMNS", "5")  # hopeless: a column by itself
+    assert text_table(rows).splitlines()[:2] == ["layer       RMS 64", "first/norm       1"]
+    monkeypatch.setenv("COLUMNS", "60")
+    widths, norms = np.array([64, 128, 256, 512]), np.ones((4, 1, 2, 1))
+    record = rmsjax.WidthRecord(("layer",), widths, np.arange(1), norms, norms, widths[:, None], norms[..., 0])
+    assert max(map(len, f"{record}\n{record.width_table()}".splitlines())) <= 60
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 4.0, 9.0])
+def test_ctrl_c_ends_in_one_line_at_once(seconds, tmp_path):
+    """Whether it comes while modules load, XLA compiles or a width trains."""
+    command = [sys.executable, "-u", "-m", "rmsjax", "--widths", "256", "512", "1024", "--out", tmp_path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline().startswith("Checks and trains a classifier of handwritten digits at widths 256")
+        time.sleep(seconds)
+        job.send_signal(signal.SIGINT)
+        sent = time.monotonic()
+        _, errors = job.communicate(timeout=60)
+        assert time.monotonic() - sent < 2
+    assert job.returncode == 130
+    assert errors.rstrip().splitlines()[-1] == "interrupted"
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.once
+def test_a_reader_that_stops_is_no_error(tmp_path):
+    command = f"{sys.executable} -m rmsjax --widths 8 16 --steps 2 --out {tmp_path} | head -n 1"
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    done = subprocess.run(shell, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout.count("\n")) == (141, 1)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr

@@ -123,11 +123,13 @@ def test_coord_check(given):
     words = assert_readable(figure, len(drawn.layers))
     assert {f"step {step}" for step in range(1, drawn.steps + 1)} <= words
     assert {str(w) for w in drawn.widths} <= words
-    assert {"width", "RMS of the change since step 0", f"verdict: {drawn.verdict}"} <= words
+    assert {"width", "RMS of the change since step 0"} <= words
+    assert any(word in (f"verdict: {drawn.verdict}", f"verdict: {drawn.verdict} ?") for word in words)
     mean, _, high = (values[-1] for values in drawn.slopes("change"))
     for layer, m, h in zip(drawn.layers, mean, high, strict=True):
         name = layer if len(layer) <= 40 else f"{layer[:13]}...{layer[-24:]}"
-        assert any(word.split() == [name, f"{m:+z.2f}", f"±{h - m:.2f}"] for word in words)
+        mark = ["?"] if layer in drawn.doubtful else []
+        assert any(word.split() == [name, f"{m:+z.2f}", f"±{h - m:.2f}", *mark] for word in words)
     for line, values in zip(figure.axes[-1].get_lines(), drawn.over_seeds("change")[:, -1].T, strict=True):
         np.testing.assert_array_equal(line.get_xdata(), drawn.widths)
         np.testing.assert_array_equal(line.get_ydata(), values)
@@ -141,6 +143,29 @@ def test_steps_and_title_of_a_coord_check():
     assert {"step 0", "step 1", "RMS of the activation", "slope at step 1"} <= words
     bottom, top = figure.axes[0].get_ylim()
     assert top / bottom >= 100 * (1 - 1e-9)  # or noise would look like a slope
+
+
+@pytest.mark.parametrize(
+    ("slopes", "title"),
+    [
+        ([[0.0, 0.0, 0.0], [0.2, 0.3, 0.2]], "verdict: level ?"),
+        ([[0.0, 0.0, 0.0], [0.2, 0.3, 0.4]], "verdict: grows ?"),
+        ([[0.5, 0.5, 0.5], [0.2, 0.3, 0.2]], "verdict: grows"),
+        ([[0.0, 0.0, 0.0], [0.1, 0.1, 0.1]], "verdict: level"),
+    ],
+)
+def test_what_is_doubtful_in_the_table_is_so_in_the_picture(slopes, title):
+    """Two widths, three seeds, two layers with these slopes of their change."""
+    widths, shape = np.array([64, 256]), (2, 3, 2, 2)
+    change = np.broadcast_to(4.0 ** np.array(slopes).T[:, None], (3, 2, 2)).copy()
+    change[:, 0] = 0
+    change = np.stack([np.where(change > 0, 1.0, 0.0), change])
+    drawn = WidthRecord(("a", "b"), widths, np.arange(3), np.ones(shape), change, np.ones((2, 2)), np.ones(shape[:3]))
+    words = assert_readable(plot.coord_check(drawn))
+    assert title in words
+    in_table = {line.split()[0] for line in repr(drawn).splitlines() if line.endswith(" ?")}
+    assert {word.split()[0] for word in words if word.endswith(" ?") and "verdict" not in word} == in_table
+    assert bool(in_table) == bool(drawn.doubtful)
 
 
 def test_layers_that_coincide_share_a_line():
