@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from cycler import cycler  # matplotlib brings it
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from rmsjax._coord_check import WidthRecord
 
-__all__ = ["coord_check", "layer_by_step", "over_training", "rms_and_l2"]
+__all__ = ["STYLE", "coord_check", "layer_by_step", "over_training", "rms_and_l2"]
 
 
 def __dir__() -> list[str]:
@@ -41,6 +42,15 @@ _COLOURS = (
     *("#882255", "#808080", "#999933", "#332288"),
 )
 _MARKERS = "os^Dv<>PX"
+STYLE: dict[str, Any] = {
+    "axes.prop_cycle": cycler(color=_COLOURS),
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "figure.constrained_layout.use": True,
+}
+"""The look of these pictures as settings of matplotlib, for pictures of your own: `plt.rcParams |= STYLE`."""
 _DASHES = ((0, ()), (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _NAMES = {"rms": "RMS of the activation", "change": "RMS of the change since step 0"}
 _READABLE = 12  # steps in a heat map, above which nobody reads the numbers in its cells
@@ -311,7 +321,8 @@ class _Figure(Figure):
 def _styles() -> Any:
     """Line styles of which no two are equal, and neighbours differ in colour, marker and dashes."""
     looks = zip(*map(itertools.cycle, (_COLOURS, _MARKERS, _DASHES)), strict=False)
-    return ({"color": c, "marker": m, "linestyle": d, "markersize": 5, "linewidth": 1.6} for c, m, d in looks)
+    sizes = {"linewidth": STYLE["lines.linewidth"], "markersize": STYLE["lines.markersize"]}
+    return ({"color": c, "marker": m, "linestyle": d, **sizes} for c, m, d in looks)
 
 
 def _distinct(layers: Sequence[str], values: np.ndarray) -> tuple[list[str], list[int]]:
@@ -367,7 +378,7 @@ def _over_width(ax: Axes, record: WidthRecord, values: np.ndarray, title: str) -
     _log_scale(ax, values)
     ax.set_xticks(record.widths, [str(w) for w in record.widths], rotation=45 if len(record.widths) > 4 else 0)
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.grid(which="major", color="0.9")
+    ax.grid(which="major", color=STYLE["grid.color"])
     ax.set_title(title)
     return drawn
 
