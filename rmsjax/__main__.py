@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for needed in ("matplotlib", "sklearn", "tqdm"):
             import_module(needed)
     except ImportError as error:
-        print(f"python -m rmsjax needs {error.name}: pip install 'rmsjax[demo]'", file=sys.stderr)
+        print(f"python -m rmsjax needs {error.name}: pip install matplotlib scikit-learn tqdm", file=sys.stderr)
         return 2
     from rmsjax._demo import run
 

@@ -414,7 +414,11 @@ def _train(
 
     def objective(params: Any) -> tuple[Array, _Activations]:
         output, activations = program(params, *args)
-        return jnp.mean(loss(output, target)), activations
+        try:
+            return jnp.mean(loss(output, target)), activations
+        except Exception as error:
+            error.add_note(f"coord_check: loss was given output, {described(output)}, and target, {described(target)}")
+            raise
 
     def step(carry: Any, index: Array) -> tuple[Any, Any]:
         params, state, first = carry

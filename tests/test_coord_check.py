@@ -661,6 +661,13 @@ def test_errors(kwargs, error, message):
     assert str(raised.value).startswith("coord_check: ")
 
 
+def test_an_error_in_the_loss_says_what_it_was_given():
+    with pytest.raises(ValueError, match="mismatch") as raised:
+        check(lambda width, rngs: nnx.Linear(8, width, rngs=rngs), loss=optax.l2_loss)
+    (note,) = (note for note in raised.value.__notes__ if note.startswith("coord_check"))
+    assert "output, an array of shape (16, 8) and dtype float32, and target, an array of shape (16, 1)" in note
+
+
 # ------------------------------------------------------------------------------------------------------- compare_widths
 
 

@@ -178,7 +178,7 @@ def test_bad_arguments_give_one_line_and_exit_code_2(argv, message, capsys):
 def test_missing_extra_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert main_job.main([]) == 2
-    assert "needs sklearn: pip install 'rmsjax[demo]'" in capsys.readouterr().err
+    assert "needs sklearn: pip install matplotlib scikit-learn tqdm\n" in capsys.readouterr().err
 
 
 def test_a_folder_gets_a_picture_of_the_usual_name(tmp_path):
