@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from rmsjax._boxes import unboxed
 from rmsjax._checks import as_mapped, as_number, as_numeric, as_threshold
 from rmsjax._reduce import UNMAPPED, PerPool, accumulator_dtype, lift, times
 from rmsjax._tree import Grouping, Scope, check_scope, group, is_state, leaf_paths, measure, rescale
@@ -805,7 +806,7 @@ def rms_states(opt_state: PyTree, *, sep: str = "/") -> dict[str, Any]:
     Returns:
         A dict, in the order of the chain, such as `{"0": RecordRMSState(...), "1": ClipByRMSState(...)}`: a link of
         `optax.chain` has its place in it as path, a link of `optax.named_chain` its name, a transformation alone "".
-        Variables of Flax NNX are replaced by their arrays.
+        Boxes, such as the variables of Flax NNX, are replaced by their arrays.
 
     Raises:
         ValueError: there is no such state.
@@ -822,7 +823,7 @@ def rms_states(opt_state: PyTree, *, sep: str = "/") -> dict[str, Any]:
     """
     nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)[0]
     found = {
-        jax.tree_util.keystr(path, simple=True, separator=sep): _unboxed(node) for path, node in nodes if is_state(node)
+        jax.tree_util.keystr(path, simple=True, separator=sep): unboxed(node) for path, node in nodes if is_state(node)
     }
     if not found:
         made = ", ".join(name for name in __all__ if name[0].islower() and name != "rms_states")

@@ -95,7 +95,7 @@ rmsjax.clip_by_rms("1")  # reportArgumentType
 rmsjax.clip_by_rms(lambda step: 1.0)  # reportArgumentType
 rmsjax.rms_penalty({"w": x}, kind="floor")  # reportArgumentType
 rmsjax.nnx.RMSNorm(3)  # reportCallIssue
-rmsjax.nnx.RMSNorm(3, rngs=nnx.Rngs(0), use_fast_variance=True)  # reportCallIssue
+rmsjax.nnx.RMSNorm(3, rngs=nnx.Rngs(0), eps=1e-6)  # reportCallIssue
 rmsjax.nnx.RMSNorm(3, rngs=nnx.Rngs(0)).gain  # reportAttributeAccessIssue
 rmsjax.linen.RMSNorm(eps=1e-6)  # reportCallIssue
 rmsjax.coord_check(nnx.Linear, (x, x), widths=2, make_optimizer=lambda w: optax.sgd(1), loss=optax.l2_loss)  # report
