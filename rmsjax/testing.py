@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from rmsjax._checks import as_number
-from rmsjax._transformations import TRANSFORMATIONS, NotApplicable, Subject, describe, errors_of
+from rmsjax._invariance import TRANSFORMATIONS, NotApplicable, Subject, describe, errors_of
 from rmsjax.geometry import Gap, rotation_between, worst_axioms, worst_rotation
 
 __all__ = [
