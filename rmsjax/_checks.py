@@ -19,7 +19,6 @@ from jax.core import Tracer
 from rmsjax._reduce import Mapped
 
 _CONVERTIBLE = (np.ndarray, np.generic, bool, int, float, complex, list, tuple)
-_SHOWN = (bool, int, float, complex, str, bytes, list, tuple, dict)
 _KINDS = {
     jnp.bool_: "booleans",
     jnp.number: "numbers",
@@ -30,17 +29,17 @@ _KINDS = {
 
 
 def described(value: Any) -> str:
-    """An argument in a few words, for a message: no array is written out."""
+    """An argument in a few words of one line, for a message."""
     kind = type(value).__name__
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"an array of shape {tuple(value.shape)} and dtype {value.dtype}"
+    if isinstance(value, (Array, np.ndarray)):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
     if isinstance(value, Mapping):
         return f"a {kind} with the keys {', '.join(map(repr, cast(Mapping[Any, Any], value)))}"
     if inspect.isroutine(value):
         with contextlib.suppress(TypeError, ValueError):  # some builtins have no signature
             return f"the function {value.__name__}{inspect.signature(value)}"
-    if isinstance(value, (str, bool, numbers.Number)) or value is None:
-        return f"{value!r:.80}"
+    if isinstance(value, (str, bytes, numbers.Number, np.generic)) or type(value) in (list, tuple) or value is None:
+        return " ".join(f"{value!r:.80}".split())
     return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
 
 
@@ -57,17 +56,10 @@ def as_numeric(
                 array = jnp.asarray(x)
     if array is None or not jnp.issubdtype(array.dtype, kind):
         held = _held_by(x) if array is None else None
-        got = _in_a_line(x) if array is None else f"dtype {array.dtype}"
+        got = described(x) if array is None else f"dtype {array.dtype}"
         hint = f" Pass the array that it holds, its .{held}." if held else hint
         raise TypeError(f"{function}: {argument} must be an array of {_KINDS[kind]}, got {got}.{hint}")
     return array
-
-
-def _in_a_line(x: Any) -> str:
-    """What was given, cut if it is long; of an object that takes more than a line, its type."""
-    text = repr(x)
-    is_short = "\n" not in text and len(text) <= 80
-    return f"{text:.80}" if is_short or isinstance(x, _SHOWN) else f"an object of type {type(x).__name__}"
 
 
 def _held_by(x: Any) -> str | None:
