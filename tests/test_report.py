@@ -49,7 +49,9 @@ def test_worst_first():
     assert len(rms_report({}, order="worst")) == 0
 
 
-@pytest.mark.parametrize("scope", ["block", -1, lambda path, leaf: "one" if path == "c" else "block"], ids=str)
+@pytest.mark.parametrize(
+    "scope", ["block", -1, lambda path, leaf: "one" if path == "c" else "block"], ids=["block", "axis", "callable"]
+)
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)], ids=str)
 def test_leaves_without_elements_come_last(scope, shape):
     """Also behind those that are as the median is, and those that are 0; wherever they are in the tree."""
