@@ -30,17 +30,21 @@ _KINDS = {
 
 def described(value: Any) -> str:
     """An argument in a few words of one line, for a message."""
-    kind = type(value).__name__
-    if isinstance(value, (Array, np.ndarray)):
-        return f"an array of shape {value.shape} and dtype {value.dtype}"
-    if isinstance(value, Mapping):
-        return f"a {kind} with the keys {', '.join(map(repr, cast(Mapping[Any, Any], value)))}"
+    kind = "array" if isinstance(value, (Array, np.ndarray)) else type(value).__name__
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     if inspect.isroutine(value):
         with contextlib.suppress(TypeError, ValueError):  # some builtins have no signature
             return f"the function {value.__name__}{inspect.signature(value)}"
     if isinstance(value, (str, bytes, numbers.Number, np.generic)) or type(value) in (list, tuple) or value is None:
         return " ".join(f"{value!r:.80}".split())
-    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+    kind = f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if isinstance(shape, tuple) and dtype is not None:
+        return f"{kind} of shape {tuple(cast(tuple[int, ...], shape))} and dtype {dtype}"
+    if isinstance(value, Mapping):
+        return f"{kind} with the keys {', '.join(map(repr, cast(Mapping[Any, Any], value)))}"
+    return kind
 
 
 def as_numeric(

@@ -35,7 +35,10 @@ MISTAKES = {
     # rms: x
     "x is a string": (lambda: rms("x"), TypeError, "rms", "x", "array of numbers", "'x'"),
     "x is None": (lambda: rms(None), TypeError, "rms", "x", "array of numbers", "None"),
-    "x is a tree": (lambda: rms(TREE), TypeError, "rms", "x", "array of numbers", "{'w'.*there is tree_rms"),
+    "x is a tree": (
+        *(lambda: rms(TREE), TypeError),
+        *("rms", "x", "array of numbers", "got a dict with the keys 'w', 'b'.*there is tree_rms"),
+    ),
     "x is a key": (lambda: rms(KEY), TypeError, "rms", "x", "array of numbers", "dtype key<fry>"),
     "x is boolean": (lambda: rms(MASK), TypeError, "rms", "x", "array of numbers", "dtype bool"),
     "x is a ragged list": (lambda: rms([[1.0], [1.0, 2.0]]), TypeError, "rms", "x", "array of numbers", r"\[\[1.0\]"),
@@ -45,13 +48,13 @@ MISTAKES = {
         "rms",
         "x",
         "array of numbers",
-        r"array\(\['a'\]",
+        r"got an array of shape \(1,\) and dtype <U1",
     ),
-    "x is a type": (lambda: rms(jnp.float32), TypeError, "rms", "x", "array of numbers", "float32"),
+    "x is a type": (lambda: rms(jnp.float32), TypeError, "rms", "x", "array of numbers", "got the class float32"),
     "x is too large an integer": (lambda: rms(2**70), TypeError, "rms", "x", "array of numbers", str(2**70)),
     "x is abstract": (
         *(lambda: rms(jax.ShapeDtypeStruct((2,), jnp.float32)), TypeError),
-        *("rms", "x", "array of numbers", r"ShapeDtypeStruct\(shape=\(2,\)"),
+        *("rms", "x", "array of numbers", r"got a ShapeDtypeStruct of shape \(2,\) and dtype float32"),
     ),
     "no elements": (
         *(lambda: rms(jnp.zeros((0, 3)), 0), ValueError),
@@ -204,7 +207,7 @@ MISTAKES = {
     ),
     "a function in the place of the tree": (
         *(lambda: tree_rms(jnp.sin), TypeError),
-        *("tree_rms", "the tree", "array of numbers", "got <"),
+        *("tree_rms", "the tree", "array of numbers", "got the function sin"),
     ),
     "two leaves of one path": (
         *(lambda: rms_by_path({"a": {"b": X}, "a/b": X}), ValueError),

@@ -951,7 +951,7 @@ def test_params_that_do_not_fit_the_updates(name):
         (
             {"a": jnp.ones(3), "b": {"c": jnp.ones(2)}},
             TypeError,
-            "leaf 'b' of params must be an array of numbers, got {",
+            "leaf 'b' of params must be an array of numbers, got a dict with the keys 'c'",
         ),
         ({"a": jnp.ones(3), "b": None}, TypeError, "leaf 'b' of params must be an array of numbers, got None"),
         ({"a": jnp.ones(3)}, ValueError, "structure of the updates: leaf 'b' is in one of them alone"),
