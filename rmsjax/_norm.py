@@ -9,27 +9,33 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from rmsjax import _reduce
 from rmsjax._checks import as_axes, as_full_rank, as_mapped, as_mask, as_number, as_numeric, as_result_dtype
 from rmsjax._reduce import (
     Mapped,
-    PerPool,
-    Plan,
-    Pool,
+    Rows,
     accumulator_dtype,
-    along,
+    along_root,
+    by_platform,
     cpu_barrier,
-    direction,
     divide4,
+    divisor,
+    factor_near_inverse,
+    four_over,
+    hold,
     lift,
+    range_of,
+    real_parts,
+    recomputed,
+    root,
+    sum_of,
     times,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from jax.typing import ArrayLike, DTypeLike
     from jaxtyping import Bool, Inexact, Num, Real
@@ -45,16 +51,20 @@ def _keep(x: Array, where: Array | None) -> Array:
     return x if where is None else jnp.where(where, x, jnp.zeros((), x.dtype))
 
 
-def _counts(plan: Plan, x: Array, where: Array | None, axes: tuple[int, ...], mapped: Mapped) -> PerPool | None:
-    """How many elements a mask leaves to average over, on all devices; 1 for none, whose mean is 0 all the same."""
+def _count(rows: Rows, x: Array, where: Array | None, over: Mapped) -> Any:
+    """How many elements are averaged over, on all devices; 1 for none, whose mean is 0 all the same.
+
+    over: the mapped axes that the caller named, of which a mask may vary over others than x does.
+    """
+    dtype = rows.span.dtype
     if where is None:
-        return None
-    *others, last = axes
+        return divisor(math.prod(x.shape[a] for a in rows.axes) * rows.mapped.shards(), dtype)
+    *others, last = rows.axes
     kept = jnp.sum(where, last, keepdims=True, dtype=jnp.uint32)  # exact, and along one axis it cannot overflow
-    kept = jnp.sum(kept.astype(plan.dtype), others, keepdims=True)
-    over_x, over_kept = mapped.over(x), mapped.over(kept)  # a mask may be the same on devices that x is split over
-    kept = over_kept.psum(kept) * (over_x.shards() // over_kept.shards())
-    return PerPool((jnp.maximum(kept, 1),), plan.slots)
+    kept = jnp.sum(kept.astype(dtype), others, keepdims=True)
+    over_kept = over.of(kept)  # a mask may be the same on devices that x is split over
+    kept = over_kept.psum(kept) * (rows.mapped.shards() // over_kept.shards())
+    return jnp.maximum(kept, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rms
@@ -118,9 +128,9 @@ def rms(
 @partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
 def _rms(x: Array, where: Array | None, axes: tuple[int, ...], keepdims: bool, mapped: Mapped) -> Array:
     x = _keep(x, where)
-    plan = _reduce.make_plan([x], [Pool((0,), axes)], mapped=mapped)
-    (norms,) = _reduce.root_mean_square(plan, [x], _counts(plan, x, where, axes, mapped)).values
-    return norms if keepdims else norms.reshape([n for a, n in enumerate(x.shape) if a not in axes])
+    rows = Rows(axes, range_of(x.dtype), mapped.of(x))
+    norms = root(rows, x, _count(rows, x, where, mapped))
+    return norms if keepdims else lax.squeeze(norms, axes)
 
 
 # ------------------------------------------------------------------------------------------------------- rms_normalize
@@ -227,74 +237,198 @@ class _Spec(NamedTuple):
 @partial(jax.jit, static_argnums=3, inline=True)
 def _normalize(x: Array, scale: Array | None, where: Array | None, spec: _Spec) -> Array:
     x = _keep(x, where)
-    plan = _reduce.make_plan(
-        [x], [Pool((0,), spec.axes)], epsilon=spec.epsilon, mapped=spec.mapped, result_dtype=spec.dtype
-    )
-    return _divided(spec, plan, x, scale, _counts(plan, x, where, spec.axes, spec.mapped))
-
-
-# Up to here it is ordinary JAX code. The derivative is given by hand for the sake of the backward pass: left to itself,
-# autodiff keeps float32 copies of x. It is given as a linear map of plain operations, which JAX transposes, so both
-# modes and all orders follow from it. Under checkpoint it keeps its arguments and nothing else.
-_keeps_its_arguments = partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(0, 1))
+    span = range_of(x.dtype, epsilon=spec.epsilon, result_dtype=spec.dtype)
+    rows = Rows(spec.axes, span, spec.mapped.of(x))
+    return _normalized(spec, rows, x, scale, _count(rows, x, where, spec.mapped))[0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _divided(spec: _Spec, plan: Plan, x: Array, scale: Array | None, counts: PerPool | None) -> Array:
-    return _divide(spec, x, scale, _root(plan, x, counts))
+def _normalized(spec: _Spec, rows: Rows, x: Array, scale: Array | None, count: Any) -> tuple[Array, Array]:
+    """x over its root, and the root for the backward pass, or 0 where that is to compute it again."""
+    forms = {"cuda": partial(largest_first, spec)} if _is_one_kernel(rows, x, count) else {}
+    return by_platform(x, scale, count, default=partial(by_root, spec, rows), **forms)
 
 
-@partial(_divided.defjvp, symbolic_zeros=True)
-def _(spec: _Spec, plan: Plan, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    x, scale, counts = primals
-    dx, dscale, _ = tangents
-    root = _root(plan, x, counts)
-    y = _divide(spec, x, scale, root)
-    dy: Array | None = None
-    if not isinstance(dx, SymbolicZero):
-        dy = _along_x(spec, plan, x, scale, root, counts, dx)
-    if scale is not None and not isinstance(dscale, SymbolicZero):
-        along_scale = _along_scale(spec, plan, x, root, dscale)
-        dy = along_scale if dy is None else dy + along_scale
-    return y, jnp.zeros_like(y) if dy is None else dy
+def by_root(spec: _Spec, rows: Rows, x: Array, scale: Array | None, count: Any) -> tuple[Array, Array]:
+    """The root of each row, then x over it."""
+    rho = root(rows, x, count)
+    x, over, scale = cpu_barrier((x, hold(four_over(rho)), scale))  # split off from the statistics
+    return _times_quarter_gain(spec, times(_lift(spec, x), over), scale), rho
 
 
-def _root(plan: Plan, x: Array, counts: PerPool | None) -> Array:
-    return _reduce.root_mean_square(plan, [x], counts).values[0]
+def _is_one_kernel(rows: Rows, x: Array, count: Any) -> bool:
+    """Whether `largest_first` serves: XLA:GPU fuses rows that are the last axis, have no mask and lie on one device."""
+    return rows.axes == (x.ndim - 1,) and not rows.mapped.names and not jnp.ndim(count) and not jnp.iscomplexobj(x)
+
+
+def largest_first(spec: _Spec, x: Array, scale: Array | None, count: Any) -> tuple[Array, Array]:
+    """For NVIDIA GPUs: each row is read once, by one kernel, which has a maximum, a sum and an elementwise end.
+
+    XLA:GPU (jax 0.12) fuses such a chain, as that of softmax, only if each number of a row is used once, by one
+    elementwise operation: three sums, or a use of the largest element for epsilon too, take another reading. So epsilon
+    goes into the elements, u = sqrt(x^2 + epsilon), of which the mean square is what is wanted, and x/u takes it out.
+    """
+    x = _lift(spec, x)
+    info, size, least = jnp.finfo(x.dtype), jnp.abs(x), math.sqrt(spec.epsilon)
+    if least < float(info.tiny):
+        u, sign = x, None
+    else:
+        unit = 2.0 ** -round(math.log2(least))  # in which epsilon is about 1, and what is beyond 2^40 is its own u
+        u = jnp.sqrt(jnp.square(jnp.minimum(size * unit, 2.0**40)) + (least * unit) ** 2) / unit
+        u = jnp.maximum(size, u)
+        sign = x / u
+    # Bounds, and the 2^-100 that is nothing beside the 1 of the largest element, have zeros stay zeros, and inf leave 0
+    # of all others, as by the root.
+    top = jnp.minimum(jnp.broadcast_to(jnp.max(jnp.abs(u), -1, keepdims=True), u.shape), info.max)
+    z = u / (jnp.maximum(top, info.tiny) if sign is None else top)
+    y = z * lax.rsqrt(jnp.sum(jnp.square(z) + 2.0**-100, -1, keepdims=True) / count)
+    y = y if sign is None else y * sign
+    y = y if scale is None else y * _gain(spec, scale, y.dtype)
+    return y.astype(spec.dtype), lax.full_like(x[..., :1], 0)  # the root would be a second output, and break the fusion
 
 
 def _lift(spec: _Spec, x: Array) -> Array:
     return lift(x, accumulator_dtype(x.dtype, spec.dtype))
 
 
+def _gain(spec: _Spec, scale: Array, dtype: Any) -> Array:
+    return scale.astype(dtype) + jnp.asarray(spec.scale_offset, dtype)
+
+
 def _times_quarter_gain(spec: _Spec, y: Array, scale: Array | None) -> Array:
-    gain = jnp.ones((), y.real.dtype) if scale is None else scale.astype(y.real.dtype) + spec.scale_offset
+    gain = jnp.ones((), y.real.dtype) if scale is None else _gain(spec, scale, y.real.dtype)
     return times(y, cpu_barrier(gain / 4)).astype(spec.dtype)
 
 
-def _divide(spec: _Spec, x: Array, scale: Array | None, root: Array) -> Array:
-    x, root, scale = cpu_barrier((x, root, scale))  # split off from the statistics
-    return _times_quarter_gain(spec, divide4(_lift(spec, x), root), scale)
+# The derivative is given by hand for the sake of the backward pass: left to itself, autodiff keeps float32 copies of x.
+# It is given as a linear map of plain operations, which JAX transposes, so both modes and all orders follow from it.
 
 
-@_keeps_its_arguments
-def _along_x(
-    spec: _Spec, plan: Plan, x: Array, scale: Array | None, root: Array, counts: PerPool | None, dx: Array
+@partial(_normalized.defjvp, symbolic_zeros=True)
+def _(spec: _Spec, rows: Rows, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    x, scale, count = primals
+    dx, dscale = (None if isinstance(t, SymbolicZero) else t for t in tangents[:2])
+    y, rho = _normalized(spec, rows, x, scale, count)
+    dy = _differential(spec, rows, x, scale, count, rho, dx, dscale)
+    return (y, rho), (dy, jnp.zeros_like(rho) if dx is None else along_root(rows, x, rho, count, dx))
+
+
+@partial(recomputed, static_argnums=(0, 1))
+def _differential(
+    spec: _Spec,
+    rows: Rows,
+    x: Array,
+    scale: Array | None,
+    count: Any,
+    rho: Array,
+    dx: Array | None,
+    dscale: Array | None,
 ) -> Array:
-    """dy = (w - v (v.w)) gain, with w = dx/rho and v = x/(rho sqrt(n)).
+    """The derivative of x over its root, linear in dx and dscale, each of which may be missing."""
+    along = partial(_along, spec, rows, _over_known_root)
 
-    In this order, since w is about 1 where dx is about x, as is the cotangent that the way back begins with.
+    def again(x: Array, scale: Array | None, count: Any, rho: Array, *tangents: Array | None) -> Array:
+        """For what `largest_first` has normalised."""
+        del rho
+        # Behind a barrier XLA:GPU sees that all sums read one array; where x is the result of a product of matrices it
+        # would take them one by one.
+        x = hold(x)
+        return _along(spec, rows, _over_root, x, scale, count, root(rows, x, count), *tangents)
+
+    # XLA:CPU is not to share anything with the forward pass, since it would store that in full.
+    forms = {"cpu": partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)(along)}
+    if _is_one_kernel(rows, x, count):
+        forms["cuda"] = again
+    return by_platform(x, scale, count, rho, dx, dscale, default=along, **forms)
+
+
+def _along(
+    spec: _Spec,
+    rows: Rows,
+    over_root: Callable[..., Array],
+    x: Array,
+    scale: Array | None,
+    count: Any,
+    rho: Array,
+    dx: Array | None,
+    dscale: Array | None,
+) -> Array:
+    parts: list[Array] = []
+    if dx is not None:
+        parts.append(_along_x(spec, rows, over_root, x, scale, rho, count, dx))
+    if dscale is not None:
+        parts.append(_along_scale(spec, x, rho, dscale))
+    return sum(parts[1:], parts[0]) if parts else jnp.zeros(x.shape, spec.dtype)
+
+
+def _along_x(
+    spec: _Spec, rows: Rows, over_root: Callable[..., Array], x: Array, scale: Array | None, rho: Array, count: Any, dx: Array
+) -> Array:
+    """dy = (w - y mean(y w)) gain, with w = dx/rho and y = x/rho."""
+    x, rho, scale = cpu_barrier((x, rho, scale))
+    over = hold(four_over(rho))
+    w = divide4(_lift(spec, dx), rho, over)
+
+    def products(x: Array, rho: Array, over: Array, w: Array) -> list[Array]:
+        pairs = zip(real_parts(x, rho.dtype), real_parts(w, rho.dtype), strict=True)
+        return [sum(divide4(p, rho, over) * t for p, t in pairs)]
+
+    (total,) = sum_of(products, rows.axes, x, rho, over, w)
+    mean = rows.mapped.psum(lax.expand_dims(total / 4, rows.axes)) / count
+    return _times_quarter_gain(spec, w - over_root(rows, _lift(spec, x), rho, over, mean), scale)
+
+
+def _over_known_root(rows: Rows, x: Array, rho: Array, over: Array, number: Array) -> Array:
+    """x/rho times a number of each row, linear in that number."""
+    del rows
+    return times(divide4(x, rho, over), number / 4)
+
+
+def _over_root(rows: Rows, x: Array, rho: Array, over: Array, number: Array) -> Array:
+    """The same where rho is still to be found out while x is read for it.
+
+    On the way back it is the sum of x/rho times the cotangent. Not to read both again, all sums of x times a factor
+    that may be near 1/rho are taken, of which one is chosen.
     """
-    x, root, scale = cpu_barrier((x, root, scale))
-    count = plan.sizes[0] if counts is None else counts.values[0]
-    across = divide4(_lift(spec, dx), root)
-    product = along(x, root, across, spec.axes, plan.mapped[0], count)
-    across = across - times(direction(_lift(spec, x), root, count), product)
-    return _times_quarter_gain(spec, across, scale)
+    del over
+    factor = factor_near_inverse(rows.span, rho)
+    number, largest = divide4(number / factor, rho, four_over(rho)) / 4, jnp.finfo(x.dtype).max
+    terms = [jnp.clip(x * f, -largest, largest) * jnp.where(factor == f, number, 0) for f in rows.span.factors]
+    return sum(terms[1:], terms[0])
 
 
-@_keeps_its_arguments
-def _along_scale(spec: _Spec, plan: Plan, x: Array, root: Array, dscale: Array) -> Array:
-    """dy = x/rho * dscale. The last barrier is for the way back, where it keeps the cotangent from being shared."""
-    x, root = cpu_barrier((x, root))
-    return cpu_barrier(times(divide4(_lift(spec, x), root), dscale / 4).astype(spec.dtype))
+def _along_scale(spec: _Spec, x: Array, rho: Array, dscale: Array) -> Array:
+    """dy = x/rho dscale. The last barrier is for the way back, where it keeps the cotangent from being shared."""
+    x, rho = cpu_barrier((x, rho))
+    over = hold(four_over(rho))
+    spread = _expanded(dscale / 4, x.shape)
+    return cpu_barrier(times(divide4(_lift(spec, x), rho, over), spread).astype(spec.dtype))
+
+
+_BLOCK = 128
+
+
+def _expanded(scale: Array, shape: tuple[int, ...]) -> Array:
+    """A scale in the shape of x: on the way back the sum over the rows, which takes two stages.
+
+    In one stage, XLA:GPU (jax 0.12) would write all terms out in float32 before it adds them up. Stages are axes, or
+    blocks of the only one: to merge axes would gather what is split over devices.
+    """
+
+    def at_once(scale: Array) -> Array:
+        return jnp.broadcast_to(scale, shape)
+
+    def in_stages(scale: Array) -> Array:
+        added = [a for a, n in enumerate(shape) if scale.shape[a] != n]
+        added.sort(key=lambda a: shape[a])
+        for a in added[:-1]:
+            scale = hold(jnp.broadcast_to(scale, [shape[b] if b == a else n for b, n in enumerate(scale.shape)]))
+        if len(added) == 1 and shape[added[0]] % _BLOCK == 0:
+            a = added[0]
+            blocks = [*scale.shape[:a], shape[a] // _BLOCK, 1, *scale.shape[a + 1 :]]
+            scale = hold(jnp.broadcast_to(jnp.expand_dims(scale, a), blocks))
+            blocks[a + 1] = _BLOCK
+            return jnp.broadcast_to(scale, blocks).reshape(shape)
+        return jnp.broadcast_to(scale, shape)
+
+    return by_platform(scale, cpu=at_once, default=in_stages)

@@ -1,17 +1,23 @@
 """The one place that squares and sums.
 
 Everything rmsjax measures is the root of a mean of squares, rho = sqrt(mean(|x|^2) + epsilon), over some elements of
-some arrays. `root_mean_square` computes it for any number of arrays at once: right for every finite input, at the cost
-of the naive sum in the common case, and differentiable in both modes. The rest of the package calls it.
+some arrays: right for every finite input, at the cost of the naive sum, and differentiable in both modes. What the
+naive sum costs differs between platforms, so there are several forms of one formula, and `by_platform` chooses:
+
+- squares that always fit (float16, float8): the naive sum, everywhere;
+- `_by_branch`, for CPUs: the naive sum, and another reading of the data only if that left the range;
+- `_by_three_sums`, for all else: the sums of x, x S and x/S in one reading, of which one is right;
+- `_norm.largest_first`, for a row to be normalised on an NVIDIA GPU: the largest element first, then a sum.
+
+`root_of_sums` makes the root of whatever sums its caller takes, here those of an array (`root`), in `_pools` those of
+a tree. Derivatives are written by hand as linear maps of plain operations, so that both modes and all orders follow.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial, reduce
-from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -23,83 +29,43 @@ from jax.custom_derivatives import SymbolicZero
 
 T = TypeVar("T")
 
+# ----------------------------------------------------------------------------------------------------------- platforms
 
-class Pool(NamedTuple):
-    """Elements whose squares are averaged together.
+FORM: str | None = None
+"""For tests: the platform whose forms to take, instead of that which a program is compiled for."""
 
-    `axes=None` pools every element of all `members` (positions in the list of leaves) into a scalar; otherwise the one
-    member is reduced over `axes`, which are kept with size 1.
+
+def by_platform(*args: Any, default: Callable[..., T], **forms: Callable[..., T]) -> T:
+    """The form for the platform that a program is compiled for, of the same arguments: `forms` by its name."""
+    if FORM is not None:
+        return forms.get(FORM, default)(*args)
+    return lax.platform_dependent(*args, default=default, **forms)
+
+
+def cpu_barrier(values: T) -> T:
+    """Keep XLA:CPU from sharing a computed value between two loops: it would store it in full, in float32.
+
+    On other platforms fusion across the two is what one wants, so there it is the identity.
     """
-
-    members: tuple[int, ...]
-    axes: tuple[int, ...] | None = None
+    return by_platform(values, cpu=hold, default=lambda v: v)
 
 
-class Slot(NamedTuple):
-    """A place in a `PerPool`: which pools have their entries there, and which leaves these are computed from.
+def hold(values: T) -> T:
+    """Compute these numbers, a few for each row, before what uses them for each element.
 
-    A slot with axes holds the array of one pool of one leaf. One without holds a number for a single pool, whose leaves
-    are all those in the bundles, or a vector with an entry for each of several pools of one leaf each, the columns of
-    one bundle. A bundle is a number of leaves that are handled together.
+    XLA:CPU would compute them again for each element, and XLA:TPU (jax 0.12) store float32 copies of what is elementwise.
     """
-
-    pools: tuple[int, ...]
-    axes: tuple[int, ...] | None
-    bundles: tuple[tuple[int, ...], ...]
-
-    @property
-    def is_one_pool(self) -> bool:
-        return len(self.pools) == 1
-
-    def members(self, pool: int) -> tuple[int, ...]:
-        """The leaves of a pool, those without elements left out."""
-        if not self.is_one_pool:
-            return (self.bundles[0][self.pools.index(pool)],)
-        return tuple(i for bundle in self.bundles for i in bundle)
+    # Before jax 0.11 what comes out of one barrier varies over all mapped axes that anything in it varies over.
+    alike = len({varying(value) for value in jax.tree.leaves(values)}) <= 1
+    return lax.optimization_barrier(values) if alike else jax.tree.map(lax.optimization_barrier, values)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PerPool:
-    """An entry for each pool, many of them to an array: so a tree of many leaves takes few operations."""
-
-    values: tuple[Any, ...]
-    slots: tuple[Slot, ...] = field(metadata={"static": True})
-
-    def entries(self) -> list[Any]:
-        """The entries one by one, in the order of the pools."""
-        found: dict[int, Any] = {}
-        for value, slot in zip(self.values, self.slots, strict=True):
-            found |= zip(slot.pools, [value] if slot.is_one_pool else jnp.unstack(value), strict=True)
-        return [found[pool] for pool in range(len(found))]
-
-    def change_axes(self, change: Callable[[Any, tuple[int, ...]], Any]) -> PerPool:
-        """The values of slots with axes changed by `lax.squeeze` or `lax.expand_dims`."""
-        pairs = zip(self.values, self.slots, strict=True)
-        return PerPool(tuple(v if slot.axes is None else change(v, slot.axes) for v, slot in pairs), self.slots)
-
-    def in_slots_of(self, other: PerPool) -> PerPool:
-        """The same entries in the slots of another."""
-        return self if self.slots == other.slots else in_slots(other.slots, self.entries(), jnp.stack)
+# What a derivative needs it computes again from its arguments, which live anyway; nothing else is kept. There is no
+# barrier around it, as JAX would put by default, since that keeps XLA:GPU and XLA:TPU from fusing it with what follows.
+recomputed = partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
 
 
-def in_slots(slots: tuple[Slot, ...], entries: Sequence[Any], stack: Callable[[list[Any]], Any]) -> PerPool:
-    """The entries of all pools in their slots; `stack` makes a vector of some."""
-    values = (entries[slot.pools[0]] if slot.is_one_pool else stack([entries[p] for p in slot.pools]) for slot in slots)
-    return PerPool(tuple(values), slots)
-
-
-class Plan(NamedTuple):
-    """What is static about one call of `root_mean_square`; `make_plan` makes it."""
-
-    slots: tuple[Slot, ...]
-    epsilon: float
-    dtype: np.dtype[Any]  # of sums and result
-    mapped: tuple[Mapped, ...]  # for each leaf, the mapped axes that it is summed over
-    sizes: tuple[float, ...]  # the number of elements of each pool, over all devices; at least 1, to divide by
-
-
-# ------------------------------------------------------------------------------------------------------ numeric tricks
+# -------------------------------------------------------------------------------------------------------------- dtypes
 
 
 def accumulator_dtype(*dtypes: Any) -> np.dtype[Any]:
@@ -122,98 +88,12 @@ def times(x: Array, *factors: Array) -> Array:
     return reduce(lax.mul, [factor.astype(x.dtype) for factor in factors], x)
 
 
-def in_order(x: Array, *factors: Array) -> Array:
-    """`times` from left to right, for factors of which it matters which ones are multiplied first.
-
-    XLA turns (x c) d into x (c d) where the factors are constants, and that may overflow or underflow. To reduce the
-    precision of x c to what it is changes nothing, and prevents it; but reductions do not fuse with that.
-    """
-
-    def product(x: Array, factor: Array) -> Array:
-        info = jnp.finfo(x.dtype)
-        x = times(x, factor)
-        return x if jnp.iscomplexobj(x) else lax.reduce_precision(x, int(info.nexp), int(info.nmant))
-
-    return reduce(product, factors, x)
+def divisor(size: Any, dtype: Any) -> Any:
+    """A number of elements to divide by, at least 1; an array if it is symbolic, as in an export."""
+    return dtype.type(max(1, size)) if isinstance(size, int) else jnp.maximum(jnp.asarray(size).astype(dtype), 1)
 
 
-def cpu_barrier(values: T) -> T:
-    """Keep XLA:CPU from sharing a computed value between two loops: it would store it in full, in float32.
-
-    On other platforms fusion across the two is what one wants, so there it is the identity.
-    """
-    return lax.platform_dependent(values, cpu=_barrier, default=lambda v: v)
-
-
-def _barrier(values: T) -> T:
-    # Before jax 0.11 what comes out of one barrier varies over all mapped axes that anything in it varies over.
-    alike = len({_varying(value) for value in jax.tree.leaves(values)}) <= 1
-    return lax.optimization_barrier(values) if alike else jax.tree.map(lax.optimization_barrier, values)
-
-
-@jax.custom_jvp
-def split_ratio(numerator: Array, denominator: Array) -> tuple[Array, Array]:
-    """(a, b) with x*a*b = x*numerator/denominator; b = 1 just where the two are equal, else 0 where either is 0.
-
-    The ratio itself can be subnormal, which XLA flushes to zero (1/rho for rho > 2^126 in float32), or overflow: then
-    `a` is near the smallest normal number or its inverse, else 1. An x that it flushes to 0 the ratio would flush too.
-    Both end in a division, which XLA:CPU does once: anything cheaper it does again in each loop that uses the result.
-    """
-    tiny = float(jnp.finfo(denominator.dtype).tiny)
-    equal, zero = numerator == denominator, (numerator == 0) | (denominator == 0)
-    over = jnp.where(equal, 1, jnp.where(zero, 0, numerator))
-    under = jnp.where(equal | zero, 1, denominator)
-    is_small, is_large = over < under * tiny, under < over * tiny
-    # 4 tiny, since not every platform divides exactly: what is below tiny is 0.
-    a = 1 / jnp.where(is_small, 0.25 / tiny, jnp.where(is_large, tiny, 1)).astype(under.dtype)
-    return a, over / (under * a)
-
-
-@split_ratio.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Any, Any]:
-    """d(n/d) = (dn - dd n/d)/d, and 0 where d = 0; `a` is chosen, and does not move."""
-    (numerator, denominator), (moved, by) = primals, tangents
-    a, b = split_ratio(numerator, denominator)
-    safe = jnp.where(denominator == 0, 1, denominator) * a
-    return (a, b), (jnp.zeros_like(a), jnp.where(denominator == 0, 0, (moved - in_order(by, a, b)) / safe))
-
-
-@jax.custom_jvp
-def _four_over(root: Array) -> Array:
-    """4/root, and 0 where root is 0.
-
-    1/root is subnormal for a root near the top of the range, hence flushed to 0. 4/root never is, and overflows for the
-    smallest normal number alone, where the largest number is as good.
-    """
-    largest = float(jnp.finfo(root.dtype).max)
-    sharding = jax.typeof(root).sharding.spec
-    ones = [a for a, n in enumerate(root.shape) if n == 1 and sharding[a] is None]  # left out, as are those of `_sums`
-    root = lax.squeeze(root, ones)
-    return lax.expand_dims(jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest)), ones)
-
-
-@_four_over.defjvp
-def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (root,), (droot,) = primals, tangents
-    y = _four_over(root)
-    return y, -in_order(droot, y / 4, y)  # 4/root^2 would overflow or underflow
-
-
-@jax.custom_jvp
-def divide4(x: Array, root: Array) -> Array:
-    """4 x/root without a division for each element, and 0 where root is 0; linear in x.
-
-    Whoever calls divides by 4 what is small. Derivatives, and those of the transpose, multiply in an order that neither
-    overflows nor underflows on the way.
-    """
-    return times(x, cpu_barrier(_four_over(root)))  # computed once a row, not again for each element
-
-
-@divide4.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (x, root), (dx, droot) = primals, tangents
-    y = divide4(x, root)
-    return y, divide4(dx, root) - times(y, divide4(droot, root) / 4)
+# -------------------------------------------------------------------------------------------------------------- range
 
 
 class _Window(NamedTuple):
@@ -234,7 +114,7 @@ def _window(dtype: np.dtype[Any]) -> _Window:
     return _Window(*map(dtype.type, bounds))
 
 
-def _squares_fit(dtype: Any, accumulator: np.dtype[Any]) -> bool:
+def squares_fit(dtype: Any, accumulator: np.dtype[Any]) -> bool:
     """Whether no sum of squares of this dtype leaves the accumulator's range: float8, float16, 32-bit integers."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         return np.dtype(dtype).itemsize <= 4
@@ -242,11 +122,73 @@ def _squares_fit(dtype: Any, accumulator: np.dtype[Any]) -> bool:
     return 2 * int(x.maxexp) + 64 < int(acc.maxexp) and 2 * (int(x.minexp) - int(x.nmant)) > int(acc.minexp)
 
 
+@jax.custom_jvp
+def four_over(root: Array) -> Array:
+    """4/root, and 0 where root is 0.
+
+    1/root is subnormal for a root near the top of the range, hence flushed to 0. 4/root never is, and overflows for the
+    smallest normal number alone, where the largest number is as good.
+    """
+    largest = jnp.finfo(root.dtype).max
+    return jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest))
+
+
+@four_over.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (root,), (droot,) = primals, tangents
+    y = four_over(root)
+    return y, -in_order(droot, y / 4, y)  # 4/root^2 would overflow or underflow
+
+
+@jax.custom_jvp
+def divide4(x: Array, root: Array, over: Array) -> Array:
+    """4 x/root without a division for each element, and 0 where root is 0; linear in x. `over` is `four_over(root)`.
+
+    Whoever calls divides by 4 what is small. The derivative multiplies in an order that neither overflows nor
+    underflows on the way.
+    """
+    del root
+    return times(x, over)
+
+
+@divide4.defjvp
+def _(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    (x, root, over), (dx, droot, _) = primals, tangents
+    y = divide4(x, root, over)
+    return y, divide4(dx, root, over) - times(y, divide4(droot, root, over) / 4)
+
+
+def factor_near_inverse(span: Range, root: Array) -> Array:
+    """That of `span.factors` by which numbers of the size of root become about 1."""
+    scale, factor = _window(span.dtype).scale, jnp.ones_like(root)
+    if span.fits:
+        return factor
+    factor = jnp.where(root > np.sqrt(scale), 1 / scale, factor)
+    return factor if span.is_outweighed else jnp.where(root < 1 / np.sqrt(scale), scale, factor)
+
+
+def in_order(x: Array, *factors: Array) -> Array:
+    """`times` from left to right, for factors of which it matters which ones are multiplied first.
+
+    XLA turns (x c) d into x (c d) where the factors are constants, and that may overflow or underflow. To reduce the
+    precision of x c to what it is changes nothing, and prevents it; but reductions do not fuse with that.
+    """
+
+    def product(x: Array, factor: Array) -> Array:
+        info = jnp.finfo(x.dtype)
+        x = times(x, factor)
+        return x if jnp.iscomplexobj(x) else lax.reduce_precision(x, int(info.nexp), int(info.nmant))
+
+    return reduce(product, factors, x)
+
+
 # --------------------------------------------------------------------------------------------------------- mapped axes
 
 
-def _varying(x: Array) -> frozenset[str]:
+def varying(x: Array) -> frozenset[str]:
     """The manual mesh axes that JAX knows x to vary over: none unless under shard_map(check_vma=True)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return frozenset()
     aval: Any = jax.typeof(x)
     return aval.mat.varying if hasattr(aval, "mat") else aval.vma  # renamed in jax 0.10
 
@@ -257,14 +199,16 @@ class Mapped(NamedTuple):
     names: tuple[str, ...] = ()
     groups: tuple[tuple[int, ...], ...] | None = None
 
-    def over(self, x: Array) -> Mapped:
+    def of(self, x: Array) -> Mapped:
         """Only the axes to sum x over: those it varies over where JAX tracks that, else all, as the caller said.
 
         Whether JAX tracks is not public, but the index along an axis varies over it by definition, so it tells; only
         of axes of a mesh, since arrays never vary over the axis of a vmap.
         """
+        if not self.names:
+            return self
         tracks = jax.sharding.get_abstract_mesh().axis_names
-        names = (n for n in self.names if n in _varying(x) or n not in tracks or n not in _varying(lax.axis_index(n)))
+        names = (n for n in self.names if n in varying(x) or n not in tracks or n not in varying(lax.axis_index(n)))
         return self._replace(names=tuple(names))
 
     def shards(self) -> int:
@@ -280,167 +224,166 @@ class Mapped(NamedTuple):
 
 UNMAPPED = Mapped()
 
-
-def _may_be_partitioned(x: Array) -> bool:
-    """Whether jit may split x over devices. A reshape, or joining it with others, would then gather it.
-
-    Of an array that is yet to be placed the mesh is empty here, and `in_shardings` may still split it.
-    """
-    mesh: Any = jax.typeof(x).sharding.mesh
-    if mesh.empty:
-        return jax.device_count() > 1
-    auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit  # the latter counts even with size 1
-    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return any(kind == explicit or (kind == auto and size > 1) for size, kind in axes)
-
-
-# -------------------------------------------------------------------------------------------------- many small leaves
-
-# XLA:CPU compiles a kernel for each reduction, and that, not the reading of memory, is the cost of a tree of many small
-# leaves. So leaves up to this size are joined, this many of one size at a time; joints of more take longer to compile
-# than they save. What is left of all sizes can be joined by more.
-_SMALL, _GROUP, _TINY, _MIXED_GROUP = 4096, 32, 64, 128
-
-
-def bundles(leaves: Sequence[Array], positions: Sequence[int], *, one_pool: bool) -> tuple[tuple[int, ...], ...]:
-    """Which leaves to handle together: large ones alone, small ones with others of their dtype.
-
-    Those of one pool with others of their size, and what is left with what else is left; those of several pools, which
-    `join` fills up, with others of about their size.
-    """
-    alone: list[tuple[int, ...]] = []
-    joint: list[tuple[int, ...]] = []
-    alike: dict[Any, list[int]] = {}
-    left: dict[Any, list[int]] = {}
-
-    def joined(group: list[int], count: int) -> list[tuple[int, ...]]:
-        by_size = sorted(group, key=lambda i: leaves[i].size)
-        return [tuple(by_size[k : k + count]) for k in range(0, len(group), count)]
-
-    for i in positions:
-        leaf = leaves[i]
-        if leaf.size > _SMALL or _may_be_partitioned(leaf):
-            alone.append((i,))
-        else:
-            size = leaf.size if one_pool else (leaf.size - 1).bit_length()  # up to a power of two
-            alike.setdefault((leaf.dtype, _varying(leaf), size), []).append(i)
-    for (*kind, _), group in alike.items():
-        for bundle in joined(group, _GROUP):
-            if one_pool and len(bundle) < _GROUP:
-                left.setdefault(tuple(kind), []).extend(bundle)
-            else:
-                joint.append(bundle)
-    for group in left.values():
-        joint += joined(group, _MIXED_GROUP)
-    return (*alone, *joint)
-
-
-def join(leaves: Sequence[Array], *, one_pool: bool) -> Array:
-    """Leaves of one dtype as one array; a single one that jit may split keeps its axes.
-
-    Those of one pool become a vector. Those of several are the columns of a matrix, and filled up with zeros if their
-    sizes differ.
-    """
-    if len(leaves) == 1 and _may_be_partitioned(leaves[0]):
-        return leaves[0]
-    if one_pool and not are_tiny_and_alike(leaves):
-        return lax.concatenate([lax.reshape(leaf, (leaf.size,)) for leaf in leaves], 0)
-    # XLA:CPU copies columns in loops; copies of tiny rows LLVM would write out, and take its time to put in order.
-    columns = [lax.reshape(leaf, (leaf.size, 1)) for leaf in leaves]
-    length = max(leaf.size for leaf in leaves)
-    columns = [c if len(c) == length else jnp.pad(c, ((0, length - len(c)), (0, 0))) for c in columns]
-    joined = lax.concatenate(columns, 1)
-    return lax.reshape(joined, (joined.size,)) if one_pool else joined
-
-
-def are_tiny_and_alike(leaves: Sequence[Array]) -> bool:
-    """Whether these are several leaves of one size, not larger than what LLVM copies without a loop."""
-    return len(leaves) > 1 and len({leaf.size for leaf in leaves}) == 1 and leaves[0].size <= _TINY
-
-
-def part(columns: Array, leaves: Sequence[Array]) -> list[Array]:
-    """The columns of what `join` made of leaves of one size, in the shapes of these."""
-    parts = lax.split(columns, [1] * len(leaves), axis=1)
-    return [lax.reshape(column, leaf.shape) for column, leaf in zip(parts, leaves, strict=True)]
-
-
 # ---------------------------------------------------------------------------------------------------------------- sums
 
 
-def _sum_of(terms: Callable[..., Array], axes: Sequence[int], x: Array, *others: Array) -> Array:
-    """The sum over axes of `terms(x, *others)`, an elementwise function.
+def sum_of(
+    terms: Callable[..., Sequence[Array]], axes: Sequence[int], *arrays: Array, on_cpu: bool | None = None
+) -> list[Array]:
+    """The sums over axes of each of the `terms(*arrays)`, elementwise functions, in one reading of the arrays.
 
-    The others have the rank of x, and along each axis size 1 or that of x. XLA:CPU adds up one axis in blocks of 32
-    terms, but several in blocks of 32 along each of them: 1024 or 32768 terms one by one, and the sum of equal numbers
-    is off by 1e-5. So neighbouring axes become one, and axes that are no neighbours are added up one after the other.
-    What is split over devices is left as it is: merged it would be gathered, and partial sums would be sent.
+    XLA:CPU adds up one axis in blocks of 32 terms, but several in blocks of 32 along each of them: 1024 or 32768 terms
+    one by one, and the sum of equal numbers is off by 1e-5. So there one axis is added up after the other. (Merged to
+    one they would be gathered if they are split over devices.) `on_cpu` where that is known.
     """
-    if sum(x.shape[a] > 1 for a in axes) < 2 or _may_be_partitioned(x):
-        return lax.reduce_sum(terms(x, *others), axes)
-    extended = [a for a in range(x.ndim) if x.shape[a] != 1]
-    groups = [(summed, tuple(group)) for summed, group in groupby(extended, axes.__contains__)]
-    # The arrays are reshaped, not the terms, since XLA undoes a reshape right before a sum.
-    merged = [[math.prod(array.shape[a] for a in group) for _, group in groups] for array in (x, *others)]
-    total = terms(*(array.reshape(sizes) for array, sizes in zip((x, *others), merged, strict=True)))
-    last, *rest = [k for k, (summed, _) in reversed([*enumerate(groups)]) if summed]
-    total = lax.reduce_sum(total, [last])
-    for k in rest:
-        total = lax.reduce_sum(cpu_barrier(total), [k])  # or XLA makes one sum of both
-    return total.reshape([n for a, n in enumerate(x.shape) if a not in axes])
+
+    def at_once(*arrays: Array) -> list[Array]:
+        found = list(terms(*arrays))
+        if len(found) == 1:
+            return [lax.reduce_sum(found[0], axes)]
+
+        def add(a: list[Array], b: list[Array]) -> list[Array]:
+            return [lax.add(p, q) for p, q in zip(a, b, strict=True)]
+
+        zeros = [np.zeros((), x.dtype) for x in found]
+        return list(lax.reduce(found, zeros, add, tuple(axes)))
+
+    def axis_by_axis(*arrays: Array) -> list[Array]:
+        totals = list(terms(*arrays))
+        for done, axis in enumerate(sorted(axes, reverse=True)):
+            totals = hold(totals) if done else totals  # or XLA makes one sum of both
+            totals = [lax.reduce_sum(total, (axis,)) for total in totals]
+        return totals
+
+    if sum(arrays[0].shape[a] != 1 for a in axes) < 2 or on_cpu is False:
+        return at_once(*arrays)
+    if on_cpu:
+        return axis_by_axis(*arrays)
+    return by_platform(*arrays, cpu=axis_by_axis, default=at_once)
 
 
-def _sum_squares(x: Array, axes: Sequence[int], dtype: np.dtype[Any], scale: Array | None) -> Array:
-    def square(part: Array, *scale: Array) -> Array:
-        if not scale:
-            return lax.square(part)
-        scaled = times(part, *scale)
-        # The size of it: of a constant, XLA before that of jax 0.12 would make (x x)(scale scale) of a bare square.
+def sums_of_squares(x: Array, axes: Sequence[int], dtype: Any, factors: Sequence[Any], on_cpu: bool) -> list[Array]:
+    """For each factor the sum over axes of |x factor|^2: None for 1, a number, or an array of the shape of the sum."""
+
+    def square(part: Array, factor: Any) -> Array:
+        scaled = part * factor
+        # The size of it: of a constant, XLA before that of jax 0.12 would make (x x)(factor factor) of a bare square.
         return lax.square(lax.max(scaled, lax.neg(scaled)))
 
-    def squares(x: Array, *scale: Array) -> Array:
-        return reduce(jnp.add, [square(part, *scale) for part in real_parts(x, dtype)])
+    def squares(x: Array, *given: Array) -> list[Array]:
+        left, parts = iter(given), real_parts(x, dtype)
+        factor_of = [next(left) if isinstance(factor, Array) else factor for factor in factors]
+        return [reduce(lax.add, [lax.square(p) if f is None else square(p, f) for p in parts]) for f in factor_of]
 
-    return _sum_of(squares, axes, x, *([] if scale is None else [lax.expand_dims(scale, axes)]))
+    given = [lax.expand_dims(factor, axes) for factor in factors if isinstance(factor, Array)]
+    return sum_of(squares, axes, x, *given, on_cpu=on_cpu)
 
 
-def _sums(plan: Plan, joined: Sequence[Sequence[Array]], scales: PerPool | None) -> PerPool:
-    """The sums of squares of all pools, over all devices, of `_joined` leaves multiplied by the scale of their pool.
+# ------------------------------------------------------------------------------------------------------------ the root
 
-    Axes are not kept: XLA:CPU computes one by one what has a last axis of size 1.
+
+class Range(NamedTuple):
+    """What is known about sums of squares before they are taken."""
+
+    epsilon: float  # what is added to the mean
+    dtype: np.dtype[Any]  # of the sums
+    fits: bool  # no sum can leave the range
+
+    @property
+    def is_outweighed(self) -> bool:
+        """Whether what underflows is nothing beside epsilon."""
+        return self.epsilon >= 1e8 * _window(self.dtype).low
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What x may be multiplied by to be near 1."""
+        scale = float(_window(self.dtype).scale)
+        return (1.0,) if self.fits else (1.0, 1 / scale) if self.is_outweighed else (1.0, 1 / scale, scale)
+
+
+def range_of(*dtypes: Any, epsilon: float = 0.0, result_dtype: Any = np.float32) -> Range:
+    """The range of sums over arrays of these dtypes.
+
+    result_dtype: the dtype of what is computed with the root, which is not to be less exact than that.
     """
-    given = [None] * len(joined) if scales is None else scales.values
-    return PerPool(tuple(map(partial(_sum_slot, plan), plan.slots, joined, given)), plan.slots)
+    dtype = accumulator_dtype(result_dtype, *dtypes)
+    return Range(epsilon, dtype, all(squares_fit(d, dtype) for d in dtypes))
 
 
-def _joined(plan: Plan, leaves: Sequence[Array]) -> list[list[Array]]:
-    """For each slot its bundles, each joined into one array; the leaf itself for a slot with axes."""
-
-    def joined(slot: Slot, bundle: tuple[int, ...]) -> Array:
-        members = [leaves[i] for i in bundle]
-        return join(members, one_pool=slot.is_one_pool) if slot.axes is None else members[0]
-
-    return [[joined(slot, bundle) for bundle in slot.bundles] for slot in plan.slots]
+Sums = Callable[[Any, list[Any], bool], list[list[Array]]]
+"""Takes sums of squares of some data: for each factor (None for 1, a number, or a list with an array for each sum) all
+sums of the squares of the elements times that factor. The last argument says whether it is compiled for a CPU."""
 
 
-def _sum_slot(plan: Plan, slot: Slot, arrays: Sequence[Array], scale: Array | None) -> Array:
-    if slot.axes is not None or not slot.is_one_pool:
-        axes = (0,) if slot.axes is None else slot.axes  # those of a leaf, or the columns of the one bundle
-        return plan.mapped[slot.bundles[0][0]].psum(_sum_squares(arrays[0], axes, plan.dtype, scale))
-    by_way: dict[Mapped, list[Array]] = {}
-    for bundle, array in zip(slot.bundles, arrays, strict=True):
-        total = _sum_squares(array, range(array.ndim), plan.dtype, scale)
-        by_way.setdefault(plan.mapped[bundle[0]], []).append(total)
-    sums = [way.psum(_add_up(totals)) for way, totals in by_way.items()]
-    return reduce(jnp.add, sums, *([] if sums else [jnp.zeros((), plan.dtype)]))
+def root_of_sums(span: Range, sums: Sums, data: Any, counts: Sequence[Any]) -> list[Array]:
+    """sqrt(sum/count + epsilon) of each of the sums of squares of some data; counts are at least 1."""
+    if span.fits:
+        forms = [partial(_as_they_are, span, sums, on_cpu) for on_cpu in (True, False)]
+    else:
+        forms = [partial(_by_branch, span, sums), partial(_by_three_sums, span, sums)]
+    return by_platform(data, list(counts), cpu=forms[0], default=forms[1])
 
 
-def _add_up(parts: Sequence[Array]) -> Array:
-    """The sum of numbers, none of which is negative.
+def _as_they_are(span: Range, sums: Sums, on_cpu: bool, data: Any, counts: list[Any]) -> list[Array]:
+    """Where no sum can leave the range."""
+    return _roots(span, sums(cpu_barrier(data), [None], on_cpu)[0], None, counts)
 
-    XLA rewrites a bare sum of a concatenation into a chain of additions, all in one fusion, and compiling that takes
-    time quadratic in the number of leaves. The maximum with 0 changes nothing and prevents it.
-    """
-    return jnp.sum(jnp.maximum(jnp.stack(parts), 0))
+
+def _by_branch(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
+    """For CPUs: read the data again only if some sum left the window."""
+    # Behind a barrier, or XLA would store float32 copies and squares, to share them with what follows.
+    data = hold(data)
+    (naive,) = sums(data, [None], True)
+
+    def as_they_are(data: Any, naive: list[Array], counts: list[Any]) -> list[Array]:
+        del data
+        return _roots(span, naive, None, counts)
+
+    def rescaled(data: Any, naive: list[Array], counts: list[Any]) -> list[Array]:
+        factors = _factors(span, naive, counts)
+        return _roots(span, sums(data, [factors], True)[0], factors, counts)
+
+    fit = _all_in_batch([lax.eq(factor, lax.full_like(factor, 1)) for factor in _factors(span, naive, counts)])
+    return lax.cond(fit, as_they_are, rescaled, data, naive, counts)
+
+
+def _by_three_sums(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
+    """For accelerators: sums at three scales in one reading. XLA:GPU makes a select of a branch, and runs both sides."""
+    naive, large, *small = sums(data, [None, *span.factors[1:]], False)
+    factors = _factors(span, naive, counts)
+    totals = [lax.select(f < 1, many, total) for f, many, total in zip(factors, large, naive, strict=True)]
+    for few in small:
+        totals = [lax.select(f > 1, some, total) for f, some, total in zip(factors, few, totals, strict=True)]
+    return _roots(span, totals, factors, counts)
+
+
+def _roots(span: Range, totals: list[Array], factors: list[Array] | None, counts: list[Any]) -> list[Array]:
+    given = [None] * len(totals) if factors is None else factors
+    return [_root(span, *each) for each in zip(totals, given, counts, strict=True)]
+
+
+def _factors(span: Range, naive: Sequence[Array], counts: Sequence[Any]) -> list[Array]:
+    """What to multiply x by before it is squared: 1 where the naive sum lost nothing."""
+    low, high, scale = _window(span.dtype)
+
+    def factor(total: Array, count: Any) -> Array:
+        one, up, down = (lax.full_like(total, value) for value in (1, scale, 1 / scale))
+        inside = one if span.is_outweighed else lax.select(total >= low * count, one, up)
+        return lax.select(total < high, inside, down)  # NaN goes down, and stays NaN
+
+    return [factor(total, count) for total, count in zip(naive, counts, strict=True)]
+
+
+def _root(span: Range, total: Array, factor: Array | None, count: Any) -> Array:
+    """sqrt(total/count + epsilon) of a sum that was taken with a factor."""
+    mean = total / count
+    if factor is None:
+        return lax.sqrt(mean + span.dtype.type(span.epsilon))
+    root = lax.sqrt(mean + in_order(factor, jnp.asarray(span.epsilon), factor) if span.epsilon else mean)
+    # The RMS of numbers at the top of the range is in the range: do not let the last rounding carry it beyond.
+    # A root of numbers that were scaled up is far below.
+    largest = lax.min(factor, lax.full_like(factor, 0.5)) * jnp.finfo(span.dtype).max
+    return lax.div(lax.select(lax.is_finite(root), lax.min(root, largest), root), factor)
 
 
 @custom_vmap
@@ -462,184 +405,70 @@ def _(axis_size: int, in_batched: list[Any], flags: list[Array]) -> tuple[Array,
     return _all_in_batch(flags), False
 
 
-# ------------------------------------------------------------------------------------------------------------ the root
+# ------------------------------------------------------------------------------------------------- the root of an array
 
 
-def make_plan(
-    leaves: Sequence[Array],
-    pools: Sequence[Pool],
-    *,
-    epsilon: float = 0.0,
-    mapped: Mapped = UNMAPPED,
-    result_dtype: Any = np.float32,
-) -> Plan:
-    """The plan of `root_mean_square(plan, leaves)`; made where the leaves are, since it looks at how they vary.
+class Rows(NamedTuple):
+    """What is static about the groups of elements of one array that have a root each."""
 
-    result_dtype: the dtype of what is computed with the root, which is not to be less exact than that.
-    """
-    over = tuple(mapped.over(leaf) for leaf in leaves)
-
-    def size(pool: Pool) -> float:
-        shapes = [
-            leaves[i].shape if pool.axes is None else [leaves[i].shape[a] for a in pool.axes] for i in pool.members
-        ]
-        return float(max(1, sum(math.prod(s) * over[i].shards() for i, s in zip(pool.members, shapes, strict=True))))
-
-    def bundled(positions: Sequence[int], *, one_pool: bool) -> tuple[tuple[int, ...], ...]:
-        by_way = [[i for i in positions if over[i] == way and leaves[i].size] for way in dict.fromkeys(over)]
-        return tuple(bundle for positions in by_way for bundle in bundles(leaves, positions, one_pool=one_pool))
-
-    slots: list[Slot] = []
-    single: dict[int, int] = {}  # from a leaf to the pool that has nothing else
-    for p, pool in enumerate(pools):
-        if pool.axes is not None:
-            slots.append(Slot((p,), pool.axes, (pool.members,)))
-        elif len(pool.members) == 1 and leaves[pool.members[0]].size:
-            single[pool.members[0]] = p
-        else:
-            slots.append(Slot((p,), None, bundled(pool.members, one_pool=True)))
-    slots += [
-        Slot(tuple(single[i] for i in bundle), None, (bundle,)) for bundle in bundled(list(single), one_pool=False)
-    ]
-    dtype = accumulator_dtype(result_dtype, *(leaf.dtype for leaf in leaves))
-    return Plan(tuple(slots), epsilon, dtype, over, tuple(map(size, pools)))
-
-
-def _sizes(plan: Plan) -> PerPool:
-    return in_slots(plan.slots, [plan.dtype.type(size) for size in plan.sizes], np.stack)
-
-
-def _guarded_roots(plan: Plan, leaves: Sequence[Array], counts: PerPool) -> PerPool:
-    """The root of each pool, without the axes: from the naive sums, unless some sum left the safe window."""
-    # Behind a barrier, or XLA would store float32 copies and squares, to share them with what follows.
-    joined = cpu_barrier(_joined(plan, leaves))
-    naive = _sums(plan, joined, None)
-
-    def naive_roots(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
-        del joined
-        return jax.tree.map(lambda total, count: lax.sqrt(total / count + plan.epsilon), naive, counts)
-
-    if all(_squares_fit(leaf.dtype, plan.dtype) for leaf in leaves):
-        return naive_roots(joined, naive, counts)
-    low, high, scale = _window(plan.dtype)
-    sizes, one = _sizes(plan), plan.dtype.type(1)
-    outweighed = plan.epsilon >= 1e8 * low  # by epsilon, whatever underflowed
-
-    def pick(total: Array, size: Any, below: Array, inside: Array, above: Array) -> Array:
-        if not outweighed:
-            inside = lax.select(lax.ge(total, low * size), inside, below)
-        return lax.select(lax.lt(total, high), inside, above)  # NaN goes above, and stays NaN
-
-    def at(value: np.floating[Any], naive: PerPool) -> PerPool:
-        return jax.tree.map(lambda total: lax.full_like(total, value), naive)
-
-    def scales_of(naive: PerPool) -> PerPool:
-        return jax.tree.map(pick, naive, sizes, *(at(value, naive) for value in (scale, one, 1 / scale)))
-
-    def rescaled_roots(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
-        scales = scales_of(naive)
-        return jax.tree.map(partial(_root, plan), _sums(plan, joined, scales), scales, counts)
-
-    def branch(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
-        """Read the leaves again only if some sum demands it."""
-        fit = _all_in_batch([lax.eq(s, one) for s in scales_of(naive).values])
-        return lax.cond(fit, naive_roots, rescaled_roots, joined, naive, counts)
-
-    def all_scales(joined: list[list[Array]], naive: PerPool, counts: PerPool) -> PerPool:
-        """Three sums in one reading of the leaves, and no branch: no more traffic for an accelerator, and no sync."""
-        small, large = (_sums(plan, joined, at(value, naive)) for value in (scale, 1 / scale))
-        sums = jax.tree.map(pick, naive, sizes, small, naive, large)
-        return jax.tree.map(partial(_root, plan), sums, scales_of(naive), counts)
-
-    if len(leaves) == 1:  # an array may be measured hundreds of times in a step, a tree is measured once
-        return lax.platform_dependent(joined, naive, counts, cpu=branch, default=all_scales)
-    return branch(joined, naive, counts)
-
-
-def _root(plan: Plan, total: Array, scale: Array, count: Any) -> Array:
-    """sqrt(total/count + epsilon) of a sum that was taken with a scale."""
-    mean = total / count
-    root = lax.sqrt(mean + in_order(scale, jnp.asarray(plan.epsilon), scale) if plan.epsilon else mean)
-    # The RMS of numbers at the top of the range is in the range: do not let the last rounding carry it beyond.
-    # A root of numbers that were scaled up is far below.
-    largest = lax.mul(lax.min(scale, plan.dtype.type(0.5)), jnp.finfo(plan.dtype).max)
-    return lax.div(lax.select(lax.is_finite(root), lax.min(root, largest), root), scale)
+    axes: tuple[int, ...]  # which are kept with size 1
+    span: Range
+    mapped: Mapped  # what each group extends over beside the axes
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def root_mean_square(plan: Plan, leaves: Sequence[Array], counts: PerPool | None = None) -> PerPool:
-    """rho = sqrt(mean(|x|^2) + epsilon) of each pool of the plan.
+def root(rows: Rows, x: Array, count: Any) -> Array:
+    """rho = sqrt(mean(|x|^2) + epsilon) of each group; `count` is what sums are divided by, at least 1.
 
-    counts: what the sums are divided by, at least 1, where that is not the number of elements (masks).
     The derivative is mean(Re(conj(x) dx))/rho, and 0 where rho = 0.
     """
-    counts = _sizes(plan) if counts is None else counts.change_axes(lax.squeeze)
-    return _guarded_roots(plan, leaves, counts).change_axes(lax.expand_dims)
+    count = lax.squeeze(count, rows.axes) if jnp.ndim(count) else count
+
+    def sums(x: Array, factors: list[Any], on_cpu: bool) -> list[list[Array]]:
+        # Axes are not kept: XLA:CPU computes one by one what has a last axis of size 1.
+        given = [factor[0] if isinstance(factor, list) else factor for factor in factors]
+        return [[rows.mapped.psum(total)] for total in sums_of_squares(x, rows.axes, rows.span.dtype, given, on_cpu)]
+
+    (found,) = root_of_sums(rows.span, sums, x, [count])
+    return lax.expand_dims(found, rows.axes)
 
 
-@partial(root_mean_square.defjvp, symbolic_zeros=True)
-def _(plan: Plan, primals: Any, tangents: Any) -> tuple[PerPool, PerPool]:
-    leaves, counts = primals
-    roots = root_mean_square(plan, leaves, counts)
-    moving = {i: t for i, t in enumerate(tangents[0]) if not isinstance(t, SymbolicZero)}
-    return roots, _differential(plan, leaves, roots, counts, moving)
+@partial(root.defjvp, symbolic_zeros=True)
+def _(rows: Rows, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (x, count), (dx, _) = primals, tangents
+    rho = root(rows, x, count)
+    if isinstance(dx, SymbolicZero):
+        return rho, jnp.zeros_like(rho)
+    return rho, along_root(rows, x, rho, count, dx)
 
 
-# Under checkpoint nothing is kept for the backward pass but the leaves and the roots, which live anyway.
-@partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(0,))
-def _differential(
-    plan: Plan, leaves: Sequence[Array], roots: PerPool, counts: PerPool | None, moving: dict[int, Array]
-) -> PerPool:
-    """The derivative of `root_mean_square` along the tangents in `moving`: mean(Re(conj(x/rho) dx)), linear in dx."""
-    counts = _sizes(plan) if counts is None else counts
-
-    def of_pool(slot: Slot, pool: int, root: Array, count: Any) -> Array:
-        products = [
-            along(leaves[i], root, moving[i], slot.axes, plan.mapped[i], count)
-            for i in slot.members(pool)
-            if i in moving
-        ]
-        return in_order(_sum_of_all(products, root), _inverse_root(count, root.dtype))
-
-    def of_slot(slot: Slot, roots: Array, counts: Any) -> Array:
-        if slot.is_one_pool:
-            return of_pool(slot, slot.pools[0], roots, counts)
-        return jnp.stack([of_pool(slot, *entry) for entry in zip(slot.pools, roots, counts, strict=True)])
-
-    return PerPool(tuple(map(of_slot, plan.slots, roots.values, counts.values)), plan.slots)
+@partial(recomputed, static_argnums=(0,))
+def along_root(rows: Rows, x: Array, rho: Array, count: Any, dx: Array) -> Array:
+    """The derivative of `root` along dx: mean(Re(conj(x/rho) dx)), linear in dx."""
+    x, rho = cpu_barrier((x, rho))
+    return in_order(rows.mapped.psum(along(x, rho, dx, rows.axes, count)), inverse_root(count, rho.dtype))
 
 
-def _sum_of_all(terms: Sequence[Array], like: Array) -> Array:
-    """The sum of arrays; behind a barrier, for the reason that `_add_up` has a maximum: it is not linear."""
-    if len(terms) < 2:
-        return terms[0] if terms else jnp.zeros_like(like)
-    return jnp.sum(lax.optimization_barrier(jnp.stack(terms)), 0)
-
-
-def _inverse_root(count: Any, dtype: Any) -> Array:
+def inverse_root(count: Any, dtype: Any) -> Array:
     return 1 / jnp.sqrt(jnp.asarray(count, dtype))
 
 
-def direction(x: Array, root: Array, count: Any) -> Array:
-    """v = x/(root sqrt(count)): of the length 1, if root is the RMS norm of x and nothing else; linear in x.
+def direction(x: Array, rho: Array, over: Array, count: Any) -> Array:
+    """v = x/(rho sqrt(count)): of the length 1, if rho is the RMS norm of x and nothing else; linear in x.
 
     Derivatives go along v, by v.dx: no sum on the way is larger than the length of dx, nor one on the way back than
     that of the cotangent, and small terms are as far from underflow as that allows.
     """
-    return times(divide4(x, root), _inverse_root(count, root.dtype) / 4)
+    return times(divide4(x, rho, over), inverse_root(count, rho.dtype) / 4)
 
 
-def along(x: Array, root: Array, t: Array, axes: Sequence[int] | None, mapped: Mapped, count: Any) -> Array:
-    """Re(v.t), the sum over axes, kept with size 1, of conj(v) t with v = direction(x, root, count); linear in t.
+def along(x: Array, rho: Array, dx: Array, axes: Sequence[int], count: Any) -> Array:
+    """Re(v.dx) with v = `direction`: the sum over axes, which are kept with size 1; linear in dx."""
 
-    Without axes the sum of all, as a number.
-    """
-    shape = [1] * x.ndim if axes is None else root.shape
+    def products(x: Array, rho: Array, over: Array, dx: Array, count: Array) -> list[Array]:
+        parts = zip(real_parts(x, rho.dtype), real_parts(dx, rho.dtype), strict=True)
+        return [reduce(lax.add, [direction(p, rho, over, count) * t for p, t in parts])]
 
-    def products(x: Array, root: Array, t: Array, count: Array) -> Array:
-        pairs = zip(real_parts(x, root.dtype), real_parts(t, root.dtype), strict=True)
-        return reduce(jnp.add, [direction(part, root, count) * tangent for part, tangent in pairs])
-
-    count = jnp.broadcast_to(jnp.asarray(count, root.dtype), root.shape).reshape(shape)
-    total = _sum_of(products, range(x.ndim) if axes is None else axes, x, root.reshape(shape), t, count)
-    return mapped.psum(total if axes is None else lax.expand_dims(total, axes))
+    count = jnp.broadcast_to(jnp.asarray(count, rho.dtype), rho.shape)
+    (total,) = sum_of(products, axes, x, rho, hold(four_over(rho)), dx, count)
+    return lax.expand_dims(total, axes)

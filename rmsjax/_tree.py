@@ -15,23 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rmsjax import _reduce
+from rmsjax import _pools
 from rmsjax._boxes import key_paths, unboxed
 from rmsjax._checks import as_axes, as_mapped, as_numeric
-from rmsjax._reduce import (
-    Mapped,
-    PerPool,
-    Pool,
-    accumulator_dtype,
-    are_tiny_and_alike,
-    divide4,
-    in_order,
-    join,
-    lift,
-    part,
-    split_ratio,
-    times,
-)
+from rmsjax._pools import PerPool, Pool
+from rmsjax._reduce import Mapped, accumulator_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
@@ -55,7 +43,7 @@ class Grouping(NamedTuple):
 
     def tree(self, values: PerPool) -> Any:
         """What each pool has, at each of its leaves, without boxes; under scope "global" the one value by itself."""
-        entries = [self._narrow(v, pool) for v, pool in zip(values.entries(), self.pools, strict=True)]
+        entries = [self._narrow(v, pool) for v, pool in zip(values.entries(self.pools), self.pools, strict=True)]
         if self.is_global:
             return entries[0]
         found = {i: entry for pool, entry in zip(self.pools, entries, strict=True) for i in pool.members}
@@ -149,8 +137,7 @@ def measure(grouping: Grouping, mapped: Mapped) -> PerPool:
 
 @partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _measure(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) -> PerPool:
-    plan = _reduce.make_plan(leaves, pools, mapped=mapped)
-    return _reduce.root_mean_square(plan, leaves)
+    return _pools.roots(_pools.make_plan(leaves, pools, mapped), leaves)
 
 
 @overload
@@ -260,78 +247,8 @@ def rms_by_path(
 
 
 def rescale(grouping: Grouping, roots: PerPool, targets: PerPool) -> Any:
-    """The tree with each leaf multiplied by target/root of its pool, in its own dtype.
-
-    Where target = root a leaf comes back as it was, else where root = 0 as zeros. A root that is NaN or inf makes all
-    of its pool non-finite or zero, so that nothing hides it.
-    """
-    return grouping.treedef.unflatten(_rescale_jit(grouping.leaves, roots, targets))
+    """The tree with each leaf multiplied by target/root of its pool; see `_pools.rescale`."""
+    return grouping.treedef.unflatten(_rescale(grouping.pools, grouping.leaves, roots, targets))
 
 
-@jax.custom_jvp
-def _rescale(leaves: Sequence[Array], roots: PerPool, targets: PerPool) -> list[Array]:
-    return _elementwise(_scaled, leaves, *_factors(roots, targets))
-
-
-def _factors(roots: PerPool, targets: PerPool) -> tuple[PerPool, PerPool]:
-    """The two numbers of `split_ratio` for each pool."""
-    ratios = jax.tree.map(split_ratio, targets, roots)
-    first, second = (jax.tree.map(lambda _, ratio, k=k: ratio[k], roots, ratios) for k in (0, 1))
-    return first, second
-
-
-def _product(x: Array, a: Array, b: Array) -> Array:
-    """x a b, of which JAX is to see that it is linear in x; XLA is not to make x (a b) of it."""
-    return times(in_order(lift(x, a.dtype), a), b).astype(x.dtype)
-
-
-@jax.jit  # one operation for each leaf to trace
-def _scaled(x: Array, a: Array, b: Array) -> Array:
-    product = _product(x, a, b)
-    # A selection beside the product: a step that changes nothing then need not write, if the leaves were donated.
-    return jnp.where(b == 1, x, product) if b.ndim == 0 else product
-
-
-def _elementwise(f: Callable[..., Array], leaves: Sequence[Array], *of_pools: PerPool) -> list[Array]:
-    """f(leaf, entries of its pool), of a function of the elements; of tiny leaves of one size, each a pool, together.
-
-    By itself each would take its entries out of vectors, which is more to compile than to take the leaves apart again;
-    to take larger ones apart costs too much.
-    """
-    found = list(leaves)
-    for k, slot in enumerate(of_pools[0].slots):
-        values = [per_pool.values[k] for per_pool in of_pools]
-        for bundle in slot.bundles:
-            members = [leaves[i] for i in bundle]
-            if slot.axes is not None:
-                results = [f(members[0], *values)]
-            elif not slot.is_one_pool and are_tiny_and_alike(members):
-                results = part(f(join(members, one_pool=False), *(v[None] for v in values)), members)
-            else:
-                each = [[v] * len(members) if slot.is_one_pool else jnp.unstack(v) for v in values]
-                results = [f(*of_leaf) for of_leaf in zip(members, *each, strict=True)]
-            for i, result in zip(bundle, results, strict=True):
-                found[i] = result
-    return found
-
-
-@_rescale.defjvp
-def _(primals: Any, tangents: Any) -> tuple[list[Array], list[Array]]:
-    """d(x t/r) = dx t/r + 4x/r (dt - dr t/r)/4, multiplied in an order that stays in range."""
-    leaves, roots, targets = primals
-    dleaves, droots, dtargets = tangents
-
-    factors = _factors(roots, targets)
-
-    def change(a: Array, b: Array, droot: Array, dtarget: Array) -> Array:
-        return (dtarget - in_order(droot, a, b)) / 4
-
-    def moved(x: Array, root: Array, by: Array) -> Array:
-        return times(divide4(lift(x, root.dtype), root), by).astype(x.dtype)
-
-    straight = _elementwise(_product, dleaves, *factors)
-    aside = _elementwise(moved, leaves, roots, jax.tree.map(change, *factors, droots, dtargets))
-    return _rescale(leaves, roots, targets), jax.tree.map(jnp.add, straight, aside)
-
-
-_rescale_jit = jax.jit(_rescale, inline=True)
+_rescale = jax.jit(_pools.rescale, static_argnums=0, inline=True)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from rmsjax._checks import as_mapped, as_threshold
-from rmsjax._reduce import Mapped, PerPool, Pool, accumulator_dtype, real_parts
+from rmsjax._pools import PerPool, Pool
+from rmsjax._reduce import Mapped, accumulator_dtype, real_parts
 from rmsjax._tree import Scope, group, measure
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def rms_penalty(
         excess = jnp.maximum(excess, 0) if kind == "ceiling" else excess
         total += jnp.sum(jnp.square(excess))
     if isinstance(target, Array) or target == 0:
-        for pool, norm in zip(filled, norms.entries(), strict=True):
+        for pool, norm in zip(filled, norms.entries(filled), strict=True):
             size = norm + jnp.asarray(target, norm.dtype)  # 0 where both are
             total += jnp.sum(_mean_square_at_zero(grouping.leaves, pool, size, mapped))
     return total / max(sum(norm.size for norm in norms.values), 1)
@@ -91,7 +92,7 @@ def _mean_square_at_zero(leaves: Sequence[Array], pool: Pool, norm: Array, mappe
     """
     total, count = jnp.zeros_like(norm), 0.0
     for leaf in (leaves[i] for i in pool.members):
-        over = mapped.over(leaf)
+        over = mapped.of(leaf)
         parts = real_parts(jnp.where(norm == 0, leaf, 0), norm.dtype)
         squares = sum(map(jnp.square, parts[1:]), jnp.square(parts[0]))
         total += over.psum(jnp.sum(squares, pool.axes, keepdims=pool.axes is not None))

@@ -27,7 +27,8 @@ from jax import Array, lax
 
 from rmsjax._boxes import unboxed
 from rmsjax._checks import as_mapped, as_number, as_numeric, as_threshold
-from rmsjax._reduce import UNMAPPED, PerPool, accumulator_dtype, lift, times
+from rmsjax._pools import PerPool
+from rmsjax._reduce import UNMAPPED, accumulator_dtype, lift, times
 from rmsjax._tree import Grouping, Scope, check_scope, group, is_state, leaf_paths, measure, rescale
 
 if TYPE_CHECKING:
@@ -387,7 +388,7 @@ def clip_by_relative_rms(
         # In the pools of the updates, even if the scope would choose otherwise by the dtype of the parameters.
         of_params = grouping._replace(leaves=jax.tree.leaves(_params_of(name, updates, params)))
         norms = measure(grouping, mapped)
-        sizes = measure(of_params, mapped).in_slots_of(norms)
+        sizes = measure(of_params, mapped)
         bounds = jax.tree.map(
             lambda r, size: (
                 jnp.asarray(max_ratio, r.dtype) * jnp.maximum(size.astype(r.dtype), jnp.asarray(min_rms, r.dtype))
