@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -277,14 +277,14 @@ def largest_first(spec: _Spec, x: Array, scale: Array | None, count: Any) -> tup
         u = jnp.sqrt(jnp.square(jnp.minimum(size * unit, 2.0**40)) + (least * unit) ** 2) / unit
         u = jnp.maximum(size, u)
         sign = x / u
-    # Bounds, and the 2^-100 that is nothing beside the 1 of the largest element, have zeros stay zeros, and inf leave 0
-    # of all others, as by the root.
-    top = jnp.minimum(jnp.broadcast_to(jnp.max(jnp.abs(u), -1, keepdims=True), u.shape), info.max)
-    z = u / (jnp.maximum(top, info.tiny) if sign is None else top)
-    y = z * lax.rsqrt(jnp.sum(jnp.square(z) + 2.0**-100, -1, keepdims=True) / count)
-    y = y if sign is None else y * sign
-    y = y if scale is None else y * _gain(spec, scale, y.dtype)
-    return y.astype(spec.dtype), lax.full_like(x[..., :1], 0)  # the root would be a second output, and break the fusion
+    # Bounds, and the 2^-100 that is nothing beside the square of the largest element, have zeros stay zeros, and inf
+    # leave 0 of all others, as by the root.
+    top = jnp.minimum(jnp.max(jnp.abs(u), -1, keepdims=True), info.max)
+    top = jnp.maximum(top, info.tiny) if sign is None else top
+    z = u * (4 * (1 - info.epsneg) / top)  # this quotient, as all of 4/rho, is a normal number, unlike 1/top
+    y = z * lax.rsqrt(jnp.sum(jnp.square(z) + 2.0**-100, -1, keepdims=True) / (16 * count))
+    y = _times_quarter_gain(spec, y if sign is None else y * sign, scale)
+    return y, lax.full_like(x[..., :1], 0)  # the root would be a second output, and break the fusion
 
 
 def _lift(spec: _Spec, x: Array) -> Array:
@@ -362,7 +362,14 @@ def _along(
 
 
 def _along_x(
-    spec: _Spec, rows: Rows, over_root: Callable[..., Array], x: Array, scale: Array | None, rho: Array, count: Any, dx: Array
+    spec: _Spec,
+    rows: Rows,
+    over_root: Callable[..., Array],
+    x: Array,
+    scale: Array | None,
+    rho: Array,
+    count: Any,
+    dx: Array,
 ) -> Array:
     """dy = (w - y mean(y w)) gain, with w = dx/rho and y = x/rho."""
     x, rho, scale = cpu_barrier((x, rho, scale))
@@ -371,7 +378,7 @@ def _along_x(
 
     def products(x: Array, rho: Array, over: Array, w: Array) -> list[Array]:
         pairs = zip(real_parts(x, rho.dtype), real_parts(w, rho.dtype), strict=True)
-        return [sum(divide4(p, rho, over) * t for p, t in pairs)]
+        return [reduce(lax.add, [divide4(p, rho, over) * t for p, t in pairs])]
 
     (total,) = sum_of(products, rows.axes, x, rho, over, w)
     mean = rows.mapped.psum(lax.expand_dims(total / 4, rows.axes)) / count
@@ -393,7 +400,7 @@ def _over_root(rows: Rows, x: Array, rho: Array, over: Array, number: Array) -> 
     del over
     factor = factor_near_inverse(rows.span, rho)
     number, largest = divide4(number / factor, rho, four_over(rho)) / 4, jnp.finfo(x.dtype).max
-    terms = [jnp.clip(x * f, -largest, largest) * jnp.where(factor == f, number, 0) for f in rows.span.factors]
+    terms = [lax.clamp(-largest, x * f, largest) * jnp.where(factor == f, number, 0) for f in rows.span.factors]
     return sum(terms[1:], terms[0])
 
 

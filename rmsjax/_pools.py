@@ -109,14 +109,17 @@ def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) 
 
 
 def _is_small(leaf: Array, limit: int) -> bool:
-    return isinstance(leaf.size, int) and leaf.size <= limit
+    size: Any = leaf.size  # may be symbolic, in an export
+    return isinstance(size, int) and size <= limit
 
 
 def _counts(plan: Plan, leaves: Sequence[Array]) -> list[Any]:
     """What the sums in each place are divided by: the number of elements of the pool, over all devices."""
 
     def count(pool: Pool) -> Any:
-        shapes = (leaves[i].shape if pool.axes is None else [leaves[i].shape[a] for a in pool.axes] for i in pool.members)
+        shapes = (
+            leaves[i].shape if pool.axes is None else [leaves[i].shape[a] for a in pool.axes] for i in pool.members
+        )
         return divisor(
             sum(math.prod(s) * plan.mapped[i].shards() for i, s in zip(pool.members, shapes, strict=True)),
             plan.span.dtype,
@@ -176,22 +179,23 @@ def _sums_of_place(
 ) -> list[Array]:
     """For each factor the vector of the sums of pools without axes."""
     owner = {i: k for k, p in enumerate(place) for i in plan.pools[p].members if leaves[i].size != 0}
-    by_way: dict[Mapped, list[tuple[list[int], list[Array]]]] = {}
+    by_way: dict[Mapped, list[tuple[Any, list[Array]]]] = {}
     for bundle in _bundles(plan, leaves, list(owner), on_cpu):
-        given = [factor[np.array([owner[i] for i in bundle])] if isinstance(factor, Array) else factor for factor in factors]
+        owners = np.array([owner[i] for i in bundle])
+        given = [factor[owners] if isinstance(factor, Array) else factor for factor in factors]
         x = lax.expand_dims(leaves[bundle[0]], [0]) if len(bundle) == 1 else jnp.stack([leaves[i] for i in bundle])
         sums = sums_of_squares(x, range(1, x.ndim), plan.span.dtype, given, on_cpu)
-        by_way.setdefault(plan.mapped[bundle[0]], []).append(([owner[i] for i in bundle], sums))
+        by_way.setdefault(plan.mapped[bundle[0]], []).append((owners, sums))
     totals = [jnp.zeros(len(place), plan.span.dtype)] * len(factors) if not by_way else []
     for way, bundles in by_way.items():
-        owners = [k for owned, _ in bundles for k in owned]
+        owners = np.concatenate([owned for owned, _ in bundles])
         joined = [jnp.concatenate(parts) for parts in zip(*(sums for _, sums in bundles), strict=True)]
         summed = [way.psum(_pooled(sums, owners, len(place))) for sums in joined]
         totals = [a + b for a, b in zip(totals, summed, strict=True)] if totals else summed
     return totals
 
 
-def _pooled(sums: Array, owners: list[int], count: int) -> Array:
+def _pooled(sums: Array, owners: Any, count: int) -> Array:
     """The vector of the sums of those that each of so many pools owns.
 
     XLA rewrites a bare sum of a concatenation into a chain of additions, all in one fusion, and compiling that takes
@@ -200,10 +204,9 @@ def _pooled(sums: Array, owners: list[int], count: int) -> Array:
     sums = jnp.maximum(sums, 0)
     if count == 1:
         return jnp.sum(sums, keepdims=True)
-    if sorted(owners) == [*range(count)]:
-        return sums if owners == [*range(count)] else sums[np.argsort(owners)]
-    owned = [np.flatnonzero(np.array(owners) == k) for k in range(count)]
-    return jnp.stack([sums[each[0]] if each.size == 1 else jnp.sum(sums[each]) for each in owned])
+    if np.array_equal(owners, np.arange(count)):
+        return sums
+    return jnp.stack([jnp.sum(sums[np.flatnonzero(owners == k)]) for k in range(count)])
 
 
 # -------------------------------------------------------------------------------------------------------------- roots

@@ -47,14 +47,11 @@ def cpu_barrier(values: T) -> T:
 
     On other platforms fusion across the two is what one wants, so there it is the identity.
     """
-    return by_platform(values, cpu=hold, default=lambda v: v)
+    return lax.platform_dependent(values, cpu=hold, default=lambda v: v)
 
 
 def hold(values: T) -> T:
-    """Compute these numbers, a few for each row, before what uses them for each element.
-
-    XLA:CPU would compute them again for each element, and XLA:TPU (jax 0.12) store float32 copies of what is elementwise.
-    """
+    """Compute these numbers, a few for each row, before what uses them for each element and might do it again there."""
     # Before jax 0.11 what comes out of one barrier varies over all mapped axes that anything in it varies over.
     alike = len({varying(value) for value in jax.tree.leaves(values)}) <= 1
     return lax.optimization_barrier(values) if alike else jax.tree.map(lax.optimization_barrier, values)
@@ -255,10 +252,10 @@ def sum_of(
             totals = [lax.reduce_sum(total, (axis,)) for total in totals]
         return totals
 
-    if sum(arrays[0].shape[a] != 1 for a in axes) < 2 or on_cpu is False:
-        return at_once(*arrays)
-    if on_cpu:
+    if on_cpu or FORM is not None:  # whatever the form, a test is run on a CPU, and added up as CPUs do
         return axis_by_axis(*arrays)
+    if on_cpu is False or sum(arrays[0].shape[a] != 1 for a in axes) < 2:
+        return at_once(*arrays)
     return by_platform(*arrays, cpu=axis_by_axis, default=at_once)
 
 
@@ -292,7 +289,7 @@ class Range(NamedTuple):
     @property
     def is_outweighed(self) -> bool:
         """Whether what underflows is nothing beside epsilon."""
-        return self.epsilon >= 1e8 * _window(self.dtype).low
+        return bool(self.epsilon >= 1e8 * _window(self.dtype).low)
 
     @property
     def factors(self) -> tuple[float, ...]:
@@ -348,7 +345,7 @@ def _by_branch(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Ar
 
 
 def _by_three_sums(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
-    """For accelerators: sums at three scales in one reading. XLA:GPU makes a select of a branch, and runs both sides."""
+    """For accelerators: sums at three scales in one reading. XLA:GPU would run both sides of a branch, always."""
     naive, large, *small = sums(data, [None, *span.factors[1:]], False)
     factors = _factors(span, naive, counts)
     totals = [lax.select(f < 1, many, total) for f, many, total in zip(factors, large, naive, strict=True)]

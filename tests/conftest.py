@@ -9,6 +9,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from rmsjax import _reduce
+
 
 @pytest.fixture(autouse=True)
 def strict():
@@ -25,13 +27,16 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    """As if there were a single device: small leaves are joined, and axes merged, only where nothing can be sharded."""
+@pytest.fixture(
+    scope="module",
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.once), pytest.param("tpu", marks=pytest.mark.once)],
+)
+def form(request):
+    """The platform whose form of the arithmetic is taken; all of them run on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         jax.clear_caches()
-        patch.setattr(jax, "device_count", lambda: 1)
-        yield
+        patch.setattr(_reduce, "FORM", request.param)
+        yield request.param
     jax.clear_caches()
 
 

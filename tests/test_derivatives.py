@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 import rmsjax
 from rmsjax import rms, rms_normalize, tree_rms
 
+pytestmark = pytest.mark.usefixtures("form")
 RNG = np.random.default_rng(5)
 N = 6
 X, T, C = RNG.normal(size=(3, N))

@@ -11,7 +11,7 @@ import pytest
 import rmsjax
 from tests.oracle import in_double, true_rms
 
-pytestmark = pytest.mark.usefixtures("one_device", "quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 RNG = np.random.default_rng(0)
 # Joints of one leaf and of several, alike and not, and more than one joint: of tiny leaves, and of larger ones.

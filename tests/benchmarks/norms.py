@@ -45,7 +45,7 @@ def against_naive(what, ours, naive, *args, repeats=21, **others):
 def without_guard(fn, x):
     """fn as a program that takes the naive sums for granted, as it does of dtypes whose squares cannot overflow."""
     jax.clear_caches()
-    with mock.patch.object(_reduce, "_squares_fit", return_value=True):
+    with mock.patch.object(_reduce, "squares_fit", return_value=True):
         program = jax.make_jaxpr(fn)(x)
     jax.clear_caches()
     return lambda x: jax.extend.core.jaxpr_as_fun(program)(x)[0]
