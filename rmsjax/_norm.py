@@ -24,6 +24,7 @@ from rmsjax._reduce import (
     divisor,
     factor_near_inverse,
     four_over,
+    four_over_root_in_double,
     hold,
     lift,
     range_of,
@@ -245,7 +246,7 @@ def _normalize(x: Array, scale: Array | None, where: Array | None, spec: _Spec) 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _normalized(spec: _Spec, rows: Rows, x: Array, scale: Array | None, count: Any) -> tuple[Array, Array]:
     """x over its root, and the root for the backward pass, or 0 where that is to compute it again."""
-    forms = {"cuda": partial(largest_first, spec)} if _is_one_kernel(rows, x, count) else {}
+    forms = {"cuda": partial(in_one_kernel, spec, rows)} if _is_one_kernel(rows, x, count) else {}
     return by_platform(x, scale, count, default=partial(by_root, spec, rows), **forms)
 
 
@@ -257,34 +258,21 @@ def by_root(spec: _Spec, rows: Rows, x: Array, scale: Array | None, count: Any) 
 
 
 def _is_one_kernel(rows: Rows, x: Array, count: Any) -> bool:
-    """Whether `largest_first` serves: XLA:GPU fuses rows that are the last axis, have no mask and lie on one device."""
-    return rows.axes == (x.ndim - 1,) and not rows.mapped.names and not jnp.ndim(count) and not jnp.iscomplexobj(x)
+    """Whether `in_one_kernel` serves: XLA:GPU fuses rows that are the last axis, have no mask and lie on one device."""
+    is_real = rows.span.dtype == np.float32 and not jnp.iscomplexobj(x)
+    knows_double = jax.__version_info__ >= (0, 8)  # before, a constant in float64 could be taken for one of 32 bits
+    return knows_double and is_real and rows.axes == (x.ndim - 1,) and not rows.mapped.names and not jnp.ndim(count)
 
 
-def largest_first(spec: _Spec, x: Array, scale: Array | None, count: Any) -> tuple[Array, Array]:
-    """For NVIDIA GPUs: each row is read once, by one kernel, which has a maximum, a sum and an elementwise end.
+def in_one_kernel(spec: _Spec, rows: Rows, x: Array, scale: Array | None, count: Any) -> tuple[Array, Array]:
+    """For NVIDIA GPUs: each row is read once, by one kernel, which has a sum and an elementwise end.
 
-    XLA:GPU (jax 0.12) fuses such a chain, as that of softmax, only if each number of a row is used once, by one
-    elementwise operation: three sums, or a use of the largest element for epsilon too, take another reading. So epsilon
-    goes into the elements, u = sqrt(x^2 + epsilon), of which the mean square is what is wanted, and x/u takes it out.
+    XLA:GPU (jax 0.12) fuses such a chain, as that of softmax, but not three sums, and nothing that takes several
+    numbers of a row behind the sum. So there is one sum, in float64, which holds the square of every float32 exactly.
     """
-    x = _lift(spec, x)
-    info, size, least = jnp.finfo(x.dtype), jnp.abs(x), math.sqrt(spec.epsilon)
-    if least < float(info.tiny):
-        u, sign = x, None
-    else:
-        unit = 2.0 ** -round(math.log2(least))  # in which epsilon is about 1, and what is beyond 2^40 is its own u
-        u = jnp.sqrt(jnp.square(jnp.minimum(size * unit, 2.0**40)) + (least * unit) ** 2) / unit
-        u = jnp.maximum(size, u)
-        sign = x / u
-    # Bounds, and the 2^-100 that is nothing beside the square of the largest element, have zeros stay zeros, and inf
-    # leave 0 of all others, as by the root.
-    top = jnp.minimum(jnp.max(jnp.abs(u), -1, keepdims=True), info.max)
-    top = jnp.maximum(top, info.tiny) if sign is None else top
-    z = u * (4 * (1 - info.epsneg) / top)  # this quotient, as all of 4/rho, is a normal number, unlike 1/top
-    y = z * lax.rsqrt(jnp.sum(jnp.square(z) + 2.0**-100, -1, keepdims=True) / (16 * count))
-    y = _times_quarter_gain(spec, y if sign is None else y * sign, scale)
-    return y, lax.full_like(x[..., :1], 0)  # the root would be a second output, and break the fusion
+    over = four_over_root_in_double(rows, x, count)
+    y = _times_quarter_gain(spec, times(_lift(spec, x), over), scale)
+    return y, lax.full_like(over, 0)  # the root would be a second output, and break the fusion
 
 
 def _lift(spec: _Spec, x: Array) -> Array:
@@ -328,7 +316,7 @@ def _differential(
     along = partial(_along, spec, rows, _over_known_root)
 
     def again(x: Array, scale: Array | None, count: Any, rho: Array, *tangents: Array | None) -> Array:
-        """For what `largest_first` has normalised."""
+        """For what `in_one_kernel` has normalised."""
         del rho
         # Behind a barrier XLA:GPU sees that all sums read one array; where x is the result of a product of matrices it
         # would take them one by one.

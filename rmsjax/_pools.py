@@ -80,7 +80,7 @@ class Plan(NamedTuple):
     span: Range
 
 
-_SMALL, _STACKED = 70_000, 16
+_SMALL, _STACKED, _PLACE = 70_000, 16, 32
 
 
 def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) -> Plan:
@@ -102,7 +102,7 @@ def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) 
     places = [
         tuple(group[k : k + most])
         for kind, group in alike.items()
-        for most in [len(group) if isinstance(kind, frozenset) else _STACKED]
+        for most in [len(group) if isinstance(kind, frozenset) else _PLACE]
         for k in range(0, len(group), most)
     ]
     return Plan(pools, tuple(places), over, range_of(*(leaf.dtype for leaf in leaves)))

@@ -235,15 +235,8 @@ def sum_of(
     """
 
     def at_once(*arrays: Array) -> list[Array]:
-        found = list(terms(*arrays))
-        if len(found) == 1:
-            return [lax.reduce_sum(found[0], axes)]
-
-        def add(a: list[Array], b: list[Array]) -> list[Array]:
-            return [lax.add(p, q) for p, q in zip(a, b, strict=True)]
-
-        zeros = [np.zeros((), x.dtype) for x in found]
-        return list(lax.reduce(found, zeros, add, tuple(axes)))
+        # One by one, which XLA fuses: one reduction with several results it would not split over devices, but gather.
+        return [lax.reduce_sum(total, axes) for total in terms(*arrays)]
 
     def axis_by_axis(*arrays: Array) -> list[Array]:
         totals = list(terms(*arrays))
@@ -428,6 +421,25 @@ def root(rows: Rows, x: Array, count: Any) -> Array:
 
     (found,) = root_of_sums(rows.span, sums, x, [count])
     return lax.expand_dims(found, rows.axes)
+
+
+def four_over_root_in_double(rows: Rows, x: Array, count: Any) -> Array:
+    """4/rho of each row by a sum in float64, which holds the square of every float32; in float32, and without a barrier.
+
+    float64 is there for the sum alone, whether or not JAX is set to have it.
+    """
+    with _enable_x64(True):
+        wide = lax.convert_element_type(x, np.float32 if rows.span.fits else np.float64)
+        total = lax.reduce_sum(lax.square(wide), rows.axes)
+        mean = lax.convert_element_type(total, np.float64) / lax.convert_element_type(count, np.float64)
+        over = 4 * lax.rsqrt(mean + rows.span.epsilon)
+        over = lax.convert_element_type(
+            lax.min(over, lax.full_like(over, float(jnp.finfo(np.float32).max))), np.float32
+        )
+    return lax.expand_dims(over, rows.axes)
+
+
+_enable_x64: Any = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # moved in jax 0.8
 
 
 @partial(root.defjvp, symbolic_zeros=True)

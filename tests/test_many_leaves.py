@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import rmsjax
+from rmsjax import _reduce
 from tests.oracle import in_double, true_rms
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -130,8 +131,9 @@ def operations(f, *args):
     return found
 
 
-def test_few_operations():
+def test_few_operations(monkeypatch):
     """Each is traced, lowered and compiled: for an array, and for each further large leaf of a tree."""
+    monkeypatch.setattr(_reduce, "FORM", "cpu")  # one form, as that which is lowered
     assert sum(operations(rmsjax.rms, jnp.ones(1000)).values()) < 75
     two, three = (
         sum(operations(rmsjax.tree_rms, [jnp.ones((100, 50 + i)) for i in range(count)]).values()) for count in (2, 3)
@@ -158,14 +160,15 @@ def test_few_reductions(scope):
         assert found.get("reduce_and", 0) <= 2
 
 
-def test_leaves_of_several_sizes_are_filled_up_only_to_be_measured_apart():
-    leaves = [jnp.ones(size) for size in range(70, 100)]
-    for f in (rmsjax.tree_rms, lambda leaves: clipped("global", leaves, 1.0)):
-        found = operations(f, leaves)
-        assert "pad" not in found
-        assert found["reduce_sum"] == 4  # of squares and of joints, naive and rescaled
-    found = operations(partial(rmsjax.tree_rms, scope="block"), leaves)
-    assert (found["pad"], found["reduce_sum"]) == (len(leaves) - 1, 2)
+def test_leaves_of_one_type_are_summed_up_together_in_their_own_shape(monkeypatch):
+    """To flatten them would gather what is split over devices, and copy what a TPU holds in tiles."""
+    leaves = [jnp.ones((4, 16))] * 20 + [jnp.ones((16, 4))] * 20 + [jnp.ones((100, 100))] * 2
+    for platform, sums in ("cpu", 2 * (2 * 2 + 2 * 2 + 1)), ("tpu", 1):
+        monkeypatch.setattr(_reduce, "FORM", platform)
+        found = operations(rmsjax.tree_rms, leaves)
+        assert "reshape" not in found
+        if platform == "cpu":  # two small kinds and two large leaves, axis by axis, naive and rescaled, and their total
+            assert found["reduce_sum"] == sums
 
 
 def test_the_sums_of_joints_are_not_added_one_by_one():

@@ -265,13 +265,18 @@ def test_the_search_for_communication_finds_it():
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("scope", ["global", "block", 1])
 @pytest.mark.parametrize("measure", [tree_rms, clip])
-def test_nothing_but_sums_is_sent(kind, scope, measure):
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_nothing_but_sums_is_sent(kind, scope, measure, on_cpu, monkeypatch):
+    """On a CPU, where one axis is added up after the other, partial sums of the 8 rows too."""
+    if not on_cpu:
+        monkeypatch.setattr(_reduce.lax, "platform_dependent", lambda *args, default, **platforms: default(*args))
+        jax.clear_caches()
     found = sent(jax.jit(lambda tree: measure(tree, scope)), shapes(*grid(8), kind))
-    sums_of_a_leaf = 8 if scope == 1 else 1
+    sums_of_a_leaf = 8 if scope == 1 or on_cpu else 1
     assert {s.operation for s in found} == {"all-reduce"}
-    for always in (True, False):
+    for always, scales in ((True, 1), (False, 1)) if on_cpu else ((True, 3),):  # at three scales, and no branch
         floats = sum(s.elements() for s in found if s.always == always and "f32" in s.arrays[0])
-        assert 0 < floats <= 8 * sums_of_a_leaf
+        assert 0 < floats <= 8 * sums_of_a_leaf * scales
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,7 @@ NOT_OF_ARRAYS = {
     "compare_widths": "of models, to NumPy records",
     "coord_check": "trains models, to NumPy records",
     "rms_report": "prints a table",
+    "rms_states": "reads the states of optimizers, tests/test_transforms.py",
 }
 
 
