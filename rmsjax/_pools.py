@@ -155,19 +155,18 @@ def _bundles(plan: Plan, leaves: Sequence[Array], members: Sequence[int], on_cpu
     ]
 
 
-def _sums(plan: Plan, leaves: Sequence[Array], factors: list[Any], on_cpu: bool) -> list[list[Array]]:
+def _sums(plan: Plan, leaves: Sequence[Array], factors: list[Any], dtype: Any, on_cpu: bool) -> list[list[Array]]:
     """The sums of squares in each place for each factor, as `root_of_sums` wants them."""
     found: list[list[Array]] = [[] for _ in factors]
     for k, place in enumerate(plan.places):
         given = [factor[k] if isinstance(factor, list) else factor for factor in factors]
         pool = plan.pools[place[0]]
         if pool.axes is None:
-            totals = _sums_of_place(plan, leaves, place, given, on_cpu)
+            totals = _sums_of_place(plan, leaves, place, given, dtype, on_cpu)
         else:
             (i,) = pool.members
             totals = [
-                plan.mapped[i].psum(total)
-                for total in sums_of_squares(leaves[i], pool.axes, plan.span.dtype, given, on_cpu)
+                plan.mapped[i].psum(total) for total in sums_of_squares(leaves[i], pool.axes, dtype, given, on_cpu)
             ]
         for of_factor, total in zip(found, totals, strict=True):
             of_factor.append(total)
@@ -175,7 +174,7 @@ def _sums(plan: Plan, leaves: Sequence[Array], factors: list[Any], on_cpu: bool)
 
 
 def _sums_of_place(
-    plan: Plan, leaves: Sequence[Array], place: tuple[int, ...], factors: list[Any], on_cpu: bool
+    plan: Plan, leaves: Sequence[Array], place: tuple[int, ...], factors: list[Any], dtype: Any, on_cpu: bool
 ) -> list[Array]:
     """For each factor the vector of the sums of pools without axes."""
     owner = {i: k for k, p in enumerate(place) for i in plan.pools[p].members if leaves[i].size != 0}
@@ -184,9 +183,9 @@ def _sums_of_place(
         owners = np.array([owner[i] for i in bundle])
         given = [factor[owners] if isinstance(factor, Array) else factor for factor in factors]
         x = lax.expand_dims(leaves[bundle[0]], [0]) if len(bundle) == 1 else jnp.stack([leaves[i] for i in bundle])
-        sums = sums_of_squares(x, range(1, x.ndim), plan.span.dtype, given, on_cpu)
+        sums = sums_of_squares(x, range(1, x.ndim), dtype, given, on_cpu)
         by_way.setdefault(plan.mapped[bundle[0]], []).append((owners, sums))
-    totals = [jnp.zeros(len(place), plan.span.dtype)] * len(factors) if not by_way else []
+    totals = [jnp.zeros(len(place), dtype)] * len(factors) if not by_way else []
     for way, bundles in by_way.items():
         owners = np.concatenate([owned for owned, _ in bundles])
         joined = [jnp.concatenate(parts) for parts in zip(*(sums for _, sums in bundles), strict=True)]

@@ -6,8 +6,10 @@ naive sum costs differs between platforms, so there are several forms of one for
 
 - squares that always fit (float16, float8): the naive sum, everywhere;
 - `_by_branch`, for CPUs: the naive sum, and another reading of the data only if that left the range;
-- `_by_three_sums`, for all else: the sums of x, x S and x/S in one reading, of which one is right;
-- `_norm.largest_first`, for a row to be normalised on an NVIDIA GPU: the largest element first, then a sum.
+- `_by_double`, for NVIDIA GPUs: one sum in float64, which holds the square of every float32;
+- `_by_three_sums`, for TPUs and all else, and for float64: the sums of x, x S and x/S in one reading, of which one is
+  right;
+- `_norm.in_one_kernel`, for a row to be normalised on an NVIDIA GPU: `_by_double`, fused with what follows.
 
 `root_of_sums` makes the root of whatever sums its caller takes, here those of an array (`root`), in `_pools` those of
 a tree. Derivatives are written by hand as linear maps of plain operations, so that both modes and all orders follow.
@@ -18,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
+from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -63,6 +66,11 @@ recomputed = partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_save
 
 
 # -------------------------------------------------------------------------------------------------------------- dtypes
+
+_jax: Any = jax
+enable_x64 = _jax.enable_x64 if hasattr(jax, "enable_x64") else _jax.experimental.enable_x64  # moved in jax 0.8
+KNOWS_DOUBLE = jax.__version_info__ >= (0, 8)
+"""Before, an array of constants in float64 could be taken for one of 32 bits, where JAX is not set to have float64."""
 
 
 def accumulator_dtype(*dtypes: Any) -> np.dtype[Any]:
@@ -224,32 +232,61 @@ UNMAPPED = Mapped()
 # ---------------------------------------------------------------------------------------------------------------- sums
 
 
+def may_be_split(x: Array) -> bool:
+    """Whether jit may split x over devices. To reshape it would then gather it.
+
+    Of an array that is yet to be placed the mesh is empty here, and `in_shardings` may still split it.
+    """
+    mesh: Any = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        return jax.device_count() > 1
+    auto, explicit = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit  # the latter counts even with size 1
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(kind == explicit or (kind == auto and size > 1) for size, kind in axes)
+
+
+def _extent(x: Array, axes: Sequence[int]) -> int:
+    """Along how many axes there is more than one element."""
+    return sum(x.shape[a] != 1 for a in axes)
+
+
 def sum_of(
     terms: Callable[..., Sequence[Array]], axes: Sequence[int], *arrays: Array, on_cpu: bool | None = None
 ) -> list[Array]:
     """The sums over axes of each of the `terms(*arrays)`, elementwise functions, in one reading of the arrays.
 
-    XLA:CPU adds up one axis in blocks of 32 terms, but several in blocks of 32 along each of them: 1024 or 32768 terms
-    one by one, and the sum of equal numbers is off by 1e-5. So there one axis is added up after the other. (Merged to
-    one they would be gathered if they are split over devices.) `on_cpu` where that is known.
+    The arrays have one rank, and along each axis size 1 or that of the first. `on_cpu` where that is known.
     """
 
     def at_once(*arrays: Array) -> list[Array]:
         # One by one, which XLA fuses: one reduction with several results it would not split over devices, but gather.
         return [lax.reduce_sum(total, axes) for total in terms(*arrays)]
 
-    def axis_by_axis(*arrays: Array) -> list[Array]:
-        totals = list(terms(*arrays))
-        for done, axis in enumerate(sorted(axes, reverse=True)):
-            totals = hold(totals) if done else totals  # or XLA makes one sum of both
-            totals = [lax.reduce_sum(total, (axis,)) for total in totals]
-        return totals
-
-    if on_cpu or FORM is not None:  # whatever the form, a test is run on a CPU, and added up as CPUs do
-        return axis_by_axis(*arrays)
-    if on_cpu is False or sum(arrays[0].shape[a] != 1 for a in axes) < 2:
+    on_cpu = True if FORM is not None else on_cpu  # whatever the form, a test is run on a CPU
+    if on_cpu is False or _extent(arrays[0], axes) < 2 or may_be_split(arrays[0]):
         return at_once(*arrays)
-    return by_platform(*arrays, cpu=axis_by_axis, default=at_once)
+    merged = partial(_neighbours_merged, terms, axes)
+    return merged(*arrays) if on_cpu else by_platform(*arrays, cpu=merged, default=at_once)
+
+
+def _neighbours_merged(terms: Callable[..., Sequence[Array]], axes: Sequence[int], *arrays: Array) -> list[Array]:
+    """For CPUs: XLA:CPU adds up one axis in blocks of 32 terms, but several in blocks of 32 along each of them.
+
+    That are 1024 or 32768 terms one by one, and the sum of equal numbers is off by 1e-5. So neighbouring axes become
+    one, and axes that are no neighbours are added up one after the other.
+    """
+    x = arrays[0]
+    groups = [
+        (summed, [*group])
+        for summed, group in groupby((a for a in range(x.ndim) if x.shape[a] != 1), axes.__contains__)
+    ]
+    # The arrays are reshaped, not the terms, since XLA undoes a reshape right before a sum.
+    sizes = [[math.prod(array.shape[a] for a in group) for _, group in groups] for array in arrays]
+    totals = list(terms(*map(jnp.reshape, arrays, sizes)))
+    for done, k in enumerate(k for k, (summed, _) in reversed([*enumerate(groups)]) if summed):
+        totals = hold(totals) if done else totals  # or XLA makes one sum of both
+        totals = [lax.reduce_sum(total, [k]) for total in totals]
+    return [jnp.reshape(total, [n for a, n in enumerate(x.shape) if a not in axes]) for total in totals]
 
 
 def sums_of_squares(x: Array, axes: Sequence[int], dtype: Any, factors: Sequence[Any], on_cpu: bool) -> list[Array]:
@@ -266,6 +303,11 @@ def sums_of_squares(x: Array, axes: Sequence[int], dtype: Any, factors: Sequence
         return [reduce(lax.add, [lax.square(p) if f is None else square(p, f) for p in parts]) for f in factor_of]
 
     given = [lax.expand_dims(factor, axes) for factor in factors if isinstance(factor, Array)]
+    if on_cpu and KNOWS_DOUBLE and dtype == np.float32 and _extent(x, axes) > 1 and may_be_split(x):
+        # What may be split cannot be reshaped, nor added up axis by axis, which would send partial sums.
+        with enable_x64(True):
+            wide = [lax.convert_element_type(total, np.float64) for total in squares(x, *given)]
+            return [lax.convert_element_type(lax.reduce_sum(total, axes), dtype) for total in wide]
     return sum_of(squares, axes, x, *given, on_cpu=on_cpu)
 
 
@@ -300,9 +342,10 @@ def range_of(*dtypes: Any, epsilon: float = 0.0, result_dtype: Any = np.float32)
     return Range(epsilon, dtype, all(squares_fit(d, dtype) for d in dtypes))
 
 
-Sums = Callable[[Any, list[Any], bool], list[list[Array]]]
+Sums = Callable[[Any, list[Any], Any, bool], list[list[Array]]]
 """Takes sums of squares of some data: for each factor (None for 1, a number, or a list with an array for each sum) all
-sums of the squares of the elements times that factor. The last argument says whether it is compiled for a CPU."""
+sums of the squares of the elements times that factor, in the dtype that is the third argument. The last one says
+whether it is compiled for a CPU."""
 
 
 def root_of_sums(span: Range, sums: Sums, data: Any, counts: Sequence[Any]) -> list[Array]:
@@ -311,19 +354,21 @@ def root_of_sums(span: Range, sums: Sums, data: Any, counts: Sequence[Any]) -> l
         forms = [partial(_as_they_are, span, sums, on_cpu) for on_cpu in (True, False)]
     else:
         forms = [partial(_by_branch, span, sums), partial(_by_three_sums, span, sums)]
+        if span.dtype == np.float32 and KNOWS_DOUBLE:
+            return by_platform(data, list(counts), cpu=forms[0], cuda=partial(_by_double, span, sums), default=forms[1])
     return by_platform(data, list(counts), cpu=forms[0], default=forms[1])
 
 
 def _as_they_are(span: Range, sums: Sums, on_cpu: bool, data: Any, counts: list[Any]) -> list[Array]:
     """Where no sum can leave the range."""
-    return _roots(span, sums(cpu_barrier(data), [None], on_cpu)[0], None, counts)
+    return _roots(span, sums(cpu_barrier(data), [None], span.dtype, on_cpu)[0], None, counts)
 
 
 def _by_branch(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
     """For CPUs: read the data again only if some sum left the window."""
     # Behind a barrier, or XLA would store float32 copies and squares, to share them with what follows.
     data = hold(data)
-    (naive,) = sums(data, [None], True)
+    (naive,) = sums(data, [None], span.dtype, True)
 
     def as_they_are(data: Any, naive: list[Array], counts: list[Any]) -> list[Array]:
         del data
@@ -331,15 +376,26 @@ def _by_branch(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Ar
 
     def rescaled(data: Any, naive: list[Array], counts: list[Any]) -> list[Array]:
         factors = _factors(span, naive, counts)
-        return _roots(span, sums(data, [factors], True)[0], factors, counts)
+        return _roots(span, sums(data, [factors], span.dtype, True)[0], factors, counts)
 
     fit = _all_in_batch([lax.eq(factor, lax.full_like(factor, 1)) for factor in _factors(span, naive, counts)])
     return lax.cond(fit, as_they_are, rescaled, data, naive, counts)
 
 
+def _by_double(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
+    """For NVIDIA GPUs: one sum in float64, which holds the square of every float32, whether or not JAX is set to have it.
+
+    Even those of them that have few units for float64 add up faster than numbers come from memory.
+    """
+    with enable_x64(True):
+        (totals,) = sums(data, [None], np.float64, False)
+        means = [total / lax.convert_element_type(n, np.float64) for total, n in zip(totals, counts, strict=True)]
+        return [lax.convert_element_type(lax.sqrt(mean + span.epsilon), np.float32) for mean in means]
+
+
 def _by_three_sums(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
     """For accelerators: sums at three scales in one reading. XLA:GPU would run both sides of a branch, always."""
-    naive, large, *small = sums(data, [None, *span.factors[1:]], False)
+    naive, large, *small = sums(data, [None, *span.factors[1:]], span.dtype, False)
     factors = _factors(span, naive, counts)
     totals = [lax.select(f < 1, many, total) for f, many, total in zip(factors, large, naive, strict=True)]
     for few in small:
@@ -414,32 +470,23 @@ def root(rows: Rows, x: Array, count: Any) -> Array:
     """
     count = lax.squeeze(count, rows.axes) if jnp.ndim(count) else count
 
-    def sums(x: Array, factors: list[Any], on_cpu: bool) -> list[list[Array]]:
+    def sums(x: Array, factors: list[Any], dtype: Any, on_cpu: bool) -> list[list[Array]]:
         # Axes are not kept: XLA:CPU computes one by one what has a last axis of size 1.
         given = [factor[0] if isinstance(factor, list) else factor for factor in factors]
-        return [[rows.mapped.psum(total)] for total in sums_of_squares(x, rows.axes, rows.span.dtype, given, on_cpu)]
+        return [[rows.mapped.psum(total)] for total in sums_of_squares(x, rows.axes, dtype, given, on_cpu)]
 
     (found,) = root_of_sums(rows.span, sums, x, [count])
     return lax.expand_dims(found, rows.axes)
 
 
 def four_over_root_in_double(rows: Rows, x: Array, count: Any) -> Array:
-    """4/rho of each row by a sum in float64, which holds the square of every float32; in float32, and without a barrier.
-
-    float64 is there for the sum alone, whether or not JAX is set to have it.
-    """
-    with _enable_x64(True):
+    """4/rho of each row, as in `_by_double`, by nothing that keeps XLA:GPU from fusing it with what comes after."""
+    with enable_x64(True):
         wide = lax.convert_element_type(x, np.float32 if rows.span.fits else np.float64)
-        total = lax.reduce_sum(lax.square(wide), rows.axes)
-        mean = lax.convert_element_type(total, np.float64) / lax.convert_element_type(count, np.float64)
-        over = 4 * lax.rsqrt(mean + rows.span.epsilon)
-        over = lax.convert_element_type(
-            lax.min(over, lax.full_like(over, float(jnp.finfo(np.float32).max))), np.float32
-        )
-    return lax.expand_dims(over, rows.axes)
-
-
-_enable_x64: Any = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # moved in jax 0.8
+        total = lax.convert_element_type(lax.reduce_sum(lax.square(wide), rows.axes), np.float64)
+        over = 4 * lax.rsqrt(total / lax.convert_element_type(count, np.float64) + rows.span.epsilon)
+        over = lax.min(over, lax.full_like(over, float(jnp.finfo(np.float32).max)))
+        return lax.expand_dims(lax.convert_element_type(over, np.float32), rows.axes)
 
 
 @partial(root.defjvp, symbolic_zeros=True)

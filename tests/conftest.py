@@ -32,10 +32,11 @@ def quick_compiles():
     params=["cpu", pytest.param("cuda", marks=pytest.mark.once), pytest.param("tpu", marks=pytest.mark.once)],
 )
 def form(request):
-    """The platform whose form of the arithmetic is taken; all of them run on a CPU."""
+    """The platform whose form of the arithmetic is taken; all of them run on a CPU, as if it were a single device."""
     with pytest.MonkeyPatch.context() as patch:
         jax.clear_caches()
         patch.setattr(_reduce, "FORM", request.param)
+        patch.setattr(jax, "device_count", lambda: 1)
         yield request.param
     jax.clear_caches()
 

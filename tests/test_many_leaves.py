@@ -138,7 +138,7 @@ def test_few_operations(monkeypatch):
     two, three = (
         sum(operations(rmsjax.tree_rms, [jnp.ones((100, 50 + i)) for i in range(count)]).values()) for count in (2, 3)
     )
-    assert three - two <= 11
+    assert three - two <= 18  # two axes, each by itself, naive and rescaled
 
 
 def test_a_clip_does_little_to_each_leaf():
@@ -151,8 +151,9 @@ def test_a_clip_does_little_to_each_leaf():
 
 
 @pytest.mark.parametrize("scope", ["global", "block"])
-def test_few_reductions(scope):
+def test_few_reductions(scope, monkeypatch):
     """32 leaves to a reduction, in the naive pass and in the rescaled one: alone they take a minute to compile."""
+    monkeypatch.setattr(_reduce, "FORM", "cpu")  # one form, as that which is compiled
     leaves = [jnp.ones(64)] * 320
     for f in (partial(rmsjax.tree_rms, scope=scope), lambda leaves: clipped(scope, leaves, 1.0)):
         found = operations(f, leaves)
@@ -160,15 +161,18 @@ def test_few_reductions(scope):
         assert found.get("reduce_and", 0) <= 2
 
 
-def test_leaves_of_one_type_are_summed_up_together_in_their_own_shape(monkeypatch):
-    """To flatten them would gather what is split over devices, and copy what a TPU holds in tiles."""
-    leaves = [jnp.ones((4, 16))] * 20 + [jnp.ones((16, 4))] * 20 + [jnp.ones((100, 100))] * 2
-    for platform, sums in ("cpu", 2 * (2 * 2 + 2 * 2 + 1)), ("tpu", 1):
-        monkeypatch.setattr(_reduce, "FORM", platform)
-        found = operations(rmsjax.tree_rms, leaves)
-        assert "reshape" not in found
-        if platform == "cpu":  # two small kinds and two large leaves, axis by axis, naive and rescaled, and their total
-            assert found["reduce_sum"] == sums
+@pytest.mark.parametrize(("platform", "readings"), [("cpu", 2), ("cuda", 1), ("tpu", 3)])
+def test_leaves_of_one_type_are_summed_up_together_in_their_own_shape(platform, readings, monkeypatch):
+    """To flatten them would gather what is split over devices, and copy what a TPU holds in tiles.
+
+    On a CPU once in the naive pass and once in the rescaled one, on a TPU for each of three scales.
+    """
+    monkeypatch.setattr(_reduce, "FORM", platform)
+    jax.clear_caches()
+    leaves = [jnp.ones((4, 16))] * 20 + [jnp.ones((16, 4))] * 20 + [jnp.ones((300, 300))] * 2
+    found = operations(rmsjax.tree_rms, leaves)
+    assert "reshape" not in found
+    assert found["reduce_sum"] == readings * (2 + 2 + 1)  # two stacks, two large leaves, and all of them
 
 
 def test_the_sums_of_joints_are_not_added_one_by_one():
