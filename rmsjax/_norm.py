@@ -294,53 +294,35 @@ def _times_quarter_gain(spec: _Spec, y: Array, scale: Array | None) -> Array:
 
 @partial(_normalized.defjvp, symbolic_zeros=True)
 def _(spec: _Spec, rows: Rows, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    x, scale, count = primals
+    x, _, count = primals
     dx, dscale = (None if isinstance(t, SymbolicZero) else t for t in tangents[:2])
-    y, rho = _normalized(spec, rows, x, scale, count)
-    dy = _differential(spec, rows, x, scale, count, rho, dx, dscale)
+    y, rho = _normalized(spec, rows, *primals)
+    dy = _differential(spec, rows, primals, rho, (dx, dscale))
     return (y, rho), (dy, jnp.zeros_like(rho) if dx is None else along_root(rows, x, rho, count, dx))
 
 
 @partial(recomputed, static_argnums=(0, 1))
-def _differential(
-    spec: _Spec,
-    rows: Rows,
-    x: Array,
-    scale: Array | None,
-    count: Any,
-    rho: Array,
-    dx: Array | None,
-    dscale: Array | None,
-) -> Array:
-    """The derivative of x over its root, linear in dx and dscale, each of which may be missing."""
+def _differential(spec: _Spec, rows: Rows, primals: Any, rho: Array, tangents: Any) -> Array:
+    """The derivative of x over its root, linear in the tangents of x and scale, each of which may be missing."""
     along = partial(_along, spec, rows, _over_known_root)
 
-    def again(x: Array, scale: Array | None, count: Any, rho: Array, *tangents: Array | None) -> Array:
+    def again(primals: Any, rho: Array, tangents: Any) -> Array:
         """For what `in_one_kernel` has normalised."""
         del rho
         # Behind a barrier XLA:GPU sees that all sums read one array; where x is the result of a product of matrices it
         # would take them one by one.
-        x = hold(x)
-        return _along(spec, rows, _over_root, x, scale, count, root(rows, x, count), *tangents)
+        x = hold(primals[0])
+        return _along(spec, rows, _over_root, (x, *primals[1:]), root(rows, x, primals[2]), tangents)
 
     # XLA:CPU is not to share anything with the forward pass, since it would store that in full.
     forms = {"cpu": partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)(along)}
-    if _is_one_kernel(rows, x, count):
+    if _is_one_kernel(rows, primals[0], primals[2]):
         forms["cuda"] = again
-    return by_platform(x, scale, count, rho, dx, dscale, default=along, **forms)
+    return by_platform(primals, rho, tangents, default=along, **forms)
 
 
-def _along(
-    spec: _Spec,
-    rows: Rows,
-    over_root: Callable[..., Array],
-    x: Array,
-    scale: Array | None,
-    count: Any,
-    rho: Array,
-    dx: Array | None,
-    dscale: Array | None,
-) -> Array:
+def _along(spec: _Spec, rows: Rows, over_root: Callable[..., Array], primals: Any, rho: Array, tangents: Any) -> Array:
+    (x, scale, count), (dx, dscale) = primals, tangents
     parts: list[Array] = []
     if dx is not None:
         parts.append(_along_x(spec, rows, over_root, x, scale, rho, count, dx))

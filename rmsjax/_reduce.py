@@ -383,7 +383,7 @@ def _by_branch(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Ar
 
 
 def _by_double(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
-    """For NVIDIA GPUs: one sum in float64, which holds the square of every float32, whether or not JAX is set to have it.
+    """For NVIDIA GPUs: one sum in float64, which holds the square of every float32, whatever JAX is set to have.
 
     Even those of them that have few units for float64 add up faster than numbers come from memory.
     """
