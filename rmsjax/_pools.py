@@ -95,7 +95,7 @@ def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) 
         kind: Any = p
         if pool.axes is None and len(pool.members) == 1:
             (i,) = pool.members
-            kind = (jax.typeof(leaves[i]), over[i])
+            kind = (jax.typeof(leaves[i]), over[i]) if _is_small(leaves[i], _SMALL) else p
         elif pool.axes is None:
             kind = frozenset[str]().union(*(varying(leaves[i]) - {*over[i].names} for i in pool.members))
         alike.setdefault(kind, []).append(p)
@@ -137,7 +137,7 @@ def _counts(plan: Plan, leaves: Sequence[Array]) -> list[Any]:
 # --------------------------------------------------------------------------------------------------------------- sums
 
 
-def _bundles(plan: Plan, leaves: Sequence[Array], members: Sequence[int], on_cpu: bool) -> list[list[int]]:
+def _bundles(plan: Plan, leaves: Sequence[Array], members: Sequence[int], on: str) -> list[list[int]]:
     """Which leaves to sum up together: those of one type, as far as they are small.
 
     Compilers spend their time by reduction, and a GPU one kernel or two, however little there is to add up. Leaves are
@@ -145,7 +145,8 @@ def _bundles(plan: Plan, leaves: Sequence[Array], members: Sequence[int], on_cpu
     """
     alike: dict[Any, list[int]] = {}
     for i in members:
-        is_small = _is_small(leaves[i], 4096 if on_cpu else _SMALL)
+        # A GPU reads a stack without making it, which others do not.
+        is_small = _is_small(leaves[i], _SMALL if on == "cuda" else 4096)
         alike.setdefault((jax.typeof(leaves[i]), plan.mapped[i]) if is_small else i, []).append(i)
     return [
         group[k : k + most]
@@ -155,35 +156,33 @@ def _bundles(plan: Plan, leaves: Sequence[Array], members: Sequence[int], on_cpu
     ]
 
 
-def _sums(plan: Plan, leaves: Sequence[Array], factors: list[Any], dtype: Any, on_cpu: bool) -> list[list[Array]]:
+def _sums(plan: Plan, leaves: Sequence[Array], factors: list[Any], dtype: Any, on: str) -> list[list[Array]]:
     """The sums of squares in each place for each factor, as `root_of_sums` wants them."""
     found: list[list[Array]] = [[] for _ in factors]
     for k, place in enumerate(plan.places):
         given = [factor[k] if isinstance(factor, list) else factor for factor in factors]
         pool = plan.pools[place[0]]
         if pool.axes is None:
-            totals = _sums_of_place(plan, leaves, place, given, dtype, on_cpu)
+            totals = _sums_of_place(plan, leaves, place, given, dtype, on)
         else:
             (i,) = pool.members
-            totals = [
-                plan.mapped[i].psum(total) for total in sums_of_squares(leaves[i], pool.axes, dtype, given, on_cpu)
-            ]
+            totals = [plan.mapped[i].psum(total) for total in sums_of_squares(leaves[i], pool.axes, dtype, given, on)]
         for of_factor, total in zip(found, totals, strict=True):
             of_factor.append(total)
     return found
 
 
 def _sums_of_place(
-    plan: Plan, leaves: Sequence[Array], place: tuple[int, ...], factors: list[Any], dtype: Any, on_cpu: bool
+    plan: Plan, leaves: Sequence[Array], place: tuple[int, ...], factors: list[Any], dtype: Any, on: str
 ) -> list[Array]:
     """For each factor the vector of the sums of pools without axes."""
     owner = {i: k for k, p in enumerate(place) for i in plan.pools[p].members if leaves[i].size != 0}
     by_way: dict[Mapped, list[tuple[Any, list[Array]]]] = {}
-    for bundle in _bundles(plan, leaves, list(owner), on_cpu):
+    for bundle in _bundles(plan, leaves, list(owner), on):
         owners = np.array([owner[i] for i in bundle])
         given = [factor[owners] if isinstance(factor, Array) else factor for factor in factors]
         x = lax.expand_dims(leaves[bundle[0]], [0]) if len(bundle) == 1 else jnp.stack([leaves[i] for i in bundle])
-        sums = sums_of_squares(x, range(1, x.ndim), dtype, given, on_cpu)
+        sums = sums_of_squares(x, range(1, x.ndim), dtype, given, on)
         by_way.setdefault(plan.mapped[bundle[0]], []).append((owners, sums))
     totals = [jnp.zeros(len(place), dtype)] * len(factors) if not by_way else []
     for way, bundles in by_way.items():

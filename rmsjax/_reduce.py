@@ -289,7 +289,7 @@ def _neighbours_merged(terms: Callable[..., Sequence[Array]], axes: Sequence[int
     return [jnp.reshape(total, [n for a, n in enumerate(x.shape) if a not in axes]) for total in totals]
 
 
-def sums_of_squares(x: Array, axes: Sequence[int], dtype: Any, factors: Sequence[Any], on_cpu: bool) -> list[Array]:
+def sums_of_squares(x: Array, axes: Sequence[int], dtype: Any, factors: Sequence[Any], on: str) -> list[Array]:
     """For each factor the sum over axes of |x factor|^2: None for 1, a number, or an array of the shape of the sum."""
 
     def square(part: Array, factor: Any) -> Array:
@@ -303,12 +303,12 @@ def sums_of_squares(x: Array, axes: Sequence[int], dtype: Any, factors: Sequence
         return [reduce(lax.add, [lax.square(p) if f is None else square(p, f) for p in parts]) for f in factor_of]
 
     given = [lax.expand_dims(factor, axes) for factor in factors if isinstance(factor, Array)]
-    if on_cpu and KNOWS_DOUBLE and dtype == np.float32 and _extent(x, axes) > 1 and may_be_split(x):
+    if on == "cpu" and KNOWS_DOUBLE and dtype == np.float32 and _extent(x, axes) > 1 and may_be_split(x):
         # What may be split cannot be reshaped, nor added up axis by axis, which would send partial sums.
         with enable_x64(True):
             wide = [lax.convert_element_type(total, np.float64) for total in squares(x, *given)]
             return [lax.convert_element_type(lax.reduce_sum(total, axes), dtype) for total in wide]
-    return sum_of(squares, axes, x, *given, on_cpu=on_cpu)
+    return sum_of(squares, axes, x, *given, on_cpu=on == "cpu")
 
 
 # ------------------------------------------------------------------------------------------------------------ the root
@@ -342,16 +342,16 @@ def range_of(*dtypes: Any, epsilon: float = 0.0, result_dtype: Any = np.float32)
     return Range(epsilon, dtype, all(squares_fit(d, dtype) for d in dtypes))
 
 
-Sums = Callable[[Any, list[Any], Any, bool], list[list[Array]]]
+Sums = Callable[[Any, list[Any], Any, str], list[list[Array]]]
 """Takes sums of squares of some data: for each factor (None for 1, a number, or a list with an array for each sum) all
-sums of the squares of the elements times that factor, in the dtype that is the third argument. The last one says
-whether it is compiled for a CPU."""
+sums of the squares of the elements times that factor, in the dtype that is the third argument. The last one says what
+it is compiled for: "cpu", "cuda", or "other"."""
 
 
 def root_of_sums(span: Range, sums: Sums, data: Any, counts: Sequence[Any]) -> list[Array]:
     """sqrt(sum/count + epsilon) of each of the sums of squares of some data; counts are at least 1."""
     if span.fits:
-        forms = [partial(_as_they_are, span, sums, on_cpu) for on_cpu in (True, False)]
+        forms = [partial(_as_they_are, span, sums, on) for on in ("cpu", "other")]
     else:
         forms = [partial(_by_branch, span, sums), partial(_by_three_sums, span, sums)]
         if span.dtype == np.float32 and KNOWS_DOUBLE:
@@ -359,16 +359,16 @@ def root_of_sums(span: Range, sums: Sums, data: Any, counts: Sequence[Any]) -> l
     return by_platform(data, list(counts), cpu=forms[0], default=forms[1])
 
 
-def _as_they_are(span: Range, sums: Sums, on_cpu: bool, data: Any, counts: list[Any]) -> list[Array]:
+def _as_they_are(span: Range, sums: Sums, on: str, data: Any, counts: list[Any]) -> list[Array]:
     """Where no sum can leave the range."""
-    return _roots(span, sums(cpu_barrier(data), [None], span.dtype, on_cpu)[0], None, counts)
+    return _roots(span, sums(cpu_barrier(data), [None], span.dtype, on)[0], None, counts)
 
 
 def _by_branch(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
     """For CPUs: read the data again only if some sum left the window."""
     # Behind a barrier, or XLA would store float32 copies and squares, to share them with what follows.
     data = hold(data)
-    (naive,) = sums(data, [None], span.dtype, True)
+    (naive,) = sums(data, [None], span.dtype, "cpu")
 
     def as_they_are(data: Any, naive: list[Array], counts: list[Any]) -> list[Array]:
         del data
@@ -376,7 +376,7 @@ def _by_branch(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Ar
 
     def rescaled(data: Any, naive: list[Array], counts: list[Any]) -> list[Array]:
         factors = _factors(span, naive, counts)
-        return _roots(span, sums(data, [factors], span.dtype, True)[0], factors, counts)
+        return _roots(span, sums(data, [factors], span.dtype, "cpu")[0], factors, counts)
 
     fit = _all_in_batch([lax.eq(factor, lax.full_like(factor, 1)) for factor in _factors(span, naive, counts)])
     return lax.cond(fit, as_they_are, rescaled, data, naive, counts)
@@ -388,14 +388,14 @@ def _by_double(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Ar
     Even those of them that have few units for float64 add up faster than numbers come from memory.
     """
     with enable_x64(True):
-        (totals,) = sums(data, [None], np.float64, False)
+        (totals,) = sums(data, [None], np.float64, "cuda")
         means = [total / lax.convert_element_type(n, np.float64) for total, n in zip(totals, counts, strict=True)]
         return [lax.convert_element_type(lax.sqrt(mean + span.epsilon), np.float32) for mean in means]
 
 
 def _by_three_sums(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
     """For accelerators: sums at three scales in one reading. XLA:GPU would run both sides of a branch, always."""
-    naive, large, *small = sums(data, [None, *span.factors[1:]], span.dtype, False)
+    naive, large, *small = sums(data, [None, *span.factors[1:]], span.dtype, "other")
     factors = _factors(span, naive, counts)
     totals = [lax.select(f < 1, many, total) for f, many, total in zip(factors, large, naive, strict=True)]
     for few in small:
@@ -470,10 +470,10 @@ def root(rows: Rows, x: Array, count: Any) -> Array:
     """
     count = lax.squeeze(count, rows.axes) if jnp.ndim(count) else count
 
-    def sums(x: Array, factors: list[Any], dtype: Any, on_cpu: bool) -> list[list[Array]]:
+    def sums(x: Array, factors: list[Any], dtype: Any, on: str) -> list[list[Array]]:
         # Axes are not kept: XLA:CPU computes one by one what has a last axis of size 1.
         given = [factor[0] if isinstance(factor, list) else factor for factor in factors]
-        return [[rows.mapped.psum(total)] for total in sums_of_squares(x, rows.axes, dtype, given, on_cpu)]
+        return [[rows.mapped.psum(total)] for total in sums_of_squares(x, rows.axes, dtype, given, on)]
 
     (found,) = root_of_sums(rows.span, sums, x, [count])
     return lax.expand_dims(found, rows.axes)
