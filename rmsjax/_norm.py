@@ -61,9 +61,9 @@ def _count(rows: Rows, x: Array, where: Array | None, over: Mapped) -> Any:
     dtype = rows.span.dtype
     if where is None:
         return divisor(math.prod(x.shape[a] for a in rows.axes) * rows.mapped.shards(), dtype)
-    *others, last = rows.axes
+    *others, last = rows.axes or (None,)  # a single number has no axes
     kept = jnp.sum(where, last, keepdims=True, dtype=jnp.uint32)  # exact, and along one axis it cannot overflow
-    kept = jnp.sum(kept.astype(dtype), others, keepdims=True)
+    kept = jnp.sum(kept.astype(dtype), tuple(others), keepdims=True)
     over_kept = over.of(kept)  # a mask may be the same on devices that x is split over
     kept = over_kept.psum(kept) * (rows.mapped.shards() // over_kept.shards())
     return jnp.maximum(kept, 1)
@@ -97,7 +97,8 @@ def rms(
         where: booleans that broadcast to x; elements at False are left out of sum and count, NaN or not.
             If none is left the result is 0.
         axis_name: under `shard_map`, `pmap` or `vmap(axis_name=...)`, the mapped axes that x is split over. Needless
-            (and not bound) under plain `jit`, where the norm of a sharded array is global as it is.
+            (and not bound) under plain `jit`, where the norm of a sharded array is global as it is. A `shard_map` under
+            `vmap(spmd_axis_name=...)` needs check_vma=False.
 
     Returns:
         The norms, float32 (float64 for float64 and complex128), in the unit of x.

@@ -223,3 +223,42 @@ def test_small_dtypes_pay_nothing_for_range_safety():
         text = jax.jit(rms).lower(jnp.ones(6, dtype)).compile().as_text()
         assert "conditional" not in text
     assert "conditional" in jax.jit(rms).lower(jnp.ones(6, jnp.bfloat16)).compile().as_text()
+
+
+def test_masks_of_single_numbers():
+    assert rms(3.0, where=True) == 3
+    assert rms(3.0, where=False) == 0
+    assert rms_normalize(jnp.float32(-3), axis=None, epsilon=0, where=jnp.array(True)) == -1
+    x, where = jnp.arange(1.0, 5.0), jnp.array([True, False, True, True])
+    np.testing.assert_array_equal(jax.vmap(lambda x, w: rms(x, where=w))(x, where), [1, 0, 3, 4])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        rms,
+        lambda x: rms(x, -1),
+        lambda x: rms_normalize(x, axis=None),
+        lambda x: rmsjax.tree_rms([x, x, x[0]]),
+        lambda x: rmsjax.tree_rms([x, x, x[0]], "block"),
+        lambda x: rmsjax.tree_rms([x, x[0]], 0),
+        lambda x: rmsjax.clip_by_rms(1.0).update([x, x[0]], None)[0],
+        jax.grad(rms),
+        jax.grad(lambda x: jnp.sum(jnp.sin(rms_normalize(x)))),
+    ],
+)
+def test_sizes_may_be_symbolic(function):
+    """An exported function gives what it gives for arrays of the size that it is called with."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6)), jnp.float32)
+    shape = jax.export.symbolic_shape("rows, columns")
+    exported = jax.export.export(jax.jit(function))(jax.ShapeDtypeStruct(shape, x.dtype))
+    for got, want in zip(jax.tree.leaves(exported.call(x)), jax.tree.leaves(function(x)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(31, 33), (64, 64), (3, 17, 40), (300, 300)])
+def test_digits_do_not_suffer_from_many_devices(shape):
+    """Equal numbers, whose additions all round in one direction; eight devices are visible, and x is on one of them."""
+    for value in np.float32([0.7, 1.2345, 1.9]):
+        got = rms(jnp.full(shape, value))
+        assert abs(float(got) - float(value)) <= 24 * np.spacing(value)

@@ -19,7 +19,7 @@ from jax import lax
 from jax.extend.random import define_prng_impl
 
 import rmsjax
-from rmsjax import geometry
+from rmsjax import _reduce, geometry
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -211,6 +211,17 @@ def test_function_under_all_transformations(name, record_property):
         cells = {t: f"! {text}" for t, text in failures.items()}
         cells |= {t: f"- {reason}" for t, reason in {**without, **reasons}.items()}
         record_property("transform_matrix", [name, [[t, cells.get(t, "+")] for t in TRANSFORMS]])
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", ["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms"])
+def test_forms_of_accelerators_under_all_transformations(name, platform, monkeypatch):
+    """Run on a CPU."""
+    monkeypatch.setattr(_reduce, "FORM", platform)
+    jax.clear_caches()
+    fn, args, without = ROWS[name]
+    assert_transform_invariant(fn, *args, transforms=[t for t in TRANSFORMS if t not in without])
 
 
 def public_functions():
