@@ -132,8 +132,9 @@ def as_for_a_user(quick_compiles):
 
 @pytest.mark.once
 @pytest.mark.usefixtures("as_for_a_user")
-def test_main_job(tmp_path, capsys):
+def test_main_job(tmp_path, capsys, monkeypatch):
     """What it prints is in form, all widths are level, and the README shows the picture that it draws."""
+    monkeypatch.setenv("COLUMNS", "200")  # no table is folded
     picture = tmp_path / "picture.png"
     assert main_job.main(["--steps", "25", "--out", str(picture)]) == 0
     out, err = capsys.readouterr()
