@@ -181,8 +181,10 @@ def _sums_of_place(
     for bundle in _bundles(plan, leaves, list(owner), on):
         owners = np.array([owner[i] for i in bundle])
         given = [factor[owners] if isinstance(factor, Array) else factor for factor in factors]
-        x = lax.expand_dims(leaves[bundle[0]], [0]) if len(bundle) == 1 else jnp.stack([leaves[i] for i in bundle])
-        sums = sums_of_squares(x, range(1, x.ndim), dtype, given, on)
+        # XLA:CPU copies columns in loops; copies of tiny rows LLVM would write out, and take its time to put in order.
+        at = leaves[bundle[0]].ndim if on == "cpu" and _is_small(leaves[bundle[0]], 64) else 0
+        x = lax.expand_dims(leaves[bundle[0]], [at]) if len(bundle) == 1 else jnp.stack([leaves[i] for i in bundle], at)
+        sums = sums_of_squares(x, [a for a in range(x.ndim) if a != at], dtype, given, on)
         by_way.setdefault(plan.mapped[bundle[0]], []).append((owners, sums))
     totals = [jnp.zeros(len(place), dtype)] * len(factors) if not by_way else []
     for way, bundles in by_way.items():
