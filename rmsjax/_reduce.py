@@ -134,8 +134,10 @@ def four_over(root: Array) -> Array:
     1/root is subnormal for a root near the top of the range, hence flushed to 0. 4/root never is, and overflows for the
     smallest normal number alone, where the largest number is as good.
     """
-    largest = jnp.finfo(root.dtype).max
-    return jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest))
+    largest, split = jnp.finfo(root.dtype).max, jax.typeof(root).sharding.spec
+    ones = [a for a, n in enumerate(root.shape) if n == 1 and split[a] is None]  # left out, as are those of sums
+    root = lax.squeeze(root, ones)
+    return lax.expand_dims(jnp.where(root == 0, 0, jnp.minimum(4 / jnp.where(root == 0, 1, root), largest)), ones)
 
 
 @four_over.defjvp
