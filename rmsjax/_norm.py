@@ -27,6 +27,7 @@ from rmsjax._reduce import (
     four_over,
     four_over_root_in_double,
     hold,
+    is_known,
     lift,
     range_of,
     real_parts,
@@ -323,27 +324,18 @@ def _differential(spec: _Spec, rows: Rows, primals: Any, rho: Array, tangents: A
 
 
 def _along(spec: _Spec, rows: Rows, over_root: Callable[..., Array], primals: Any, rho: Array, tangents: Any) -> Array:
-    (x, scale, count), (dx, dscale) = primals, tangents
+    x, (dx, dscale) = primals[0], tangents
     parts: list[Array] = []
     if dx is not None:
-        parts.append(_along_x(spec, rows, over_root, x, scale, rho, count, dx))
+        parts.append(_along_x(spec, rows, over_root, primals, rho, dx))
     if dscale is not None:
         parts.append(_along_scale(spec, x, rho, dscale))
     return sum(parts[1:], parts[0]) if parts else jnp.zeros(x.shape, spec.dtype)
 
 
-def _along_x(
-    spec: _Spec,
-    rows: Rows,
-    over_root: Callable[..., Array],
-    x: Array,
-    scale: Array | None,
-    rho: Array,
-    count: Any,
-    dx: Array,
-) -> Array:
+def _along_x(spec: _Spec, rows: Rows, over_root: Callable[..., Array], primals: Any, rho: Array, dx: Array) -> Array:
     """dy = (w - y mean(y w)) gain, with w = dx/rho and y = x/rho."""
-    x, rho, scale = cpu_barrier((x, rho, scale))
+    (x, scale, count), rho = cpu_barrier((primals, rho))
     over = hold(four_over(rho))
     w = divide4(_lift(spec, dx), rho, over)
 
@@ -398,7 +390,7 @@ def _expanded(scale: Array, shape: tuple[int, ...]) -> Array:
 
     def in_stages(scale: Array) -> Array:
         added = [a for a, n in enumerate(shape) if scale.shape[a] != n]
-        added.sort(key=lambda a: shape[a])
+        added.sort(key=lambda a: shape[a] if is_known(shape[a]) else math.inf)  # symbolic sizes do not compare
         for a in added[:-1]:
             scale = hold(jnp.broadcast_to(scale, [shape[b] if b == a else n for b, n in enumerate(scale.shape)]))
         if len(added) == 1 and shape[added[0]] % _BLOCK == 0:

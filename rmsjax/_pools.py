@@ -30,6 +30,7 @@ from rmsjax._reduce import (
     hold,
     in_order,
     inverse_root,
+    is_known,
     lift,
     range_of,
     recomputed,
@@ -109,8 +110,7 @@ def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) 
 
 
 def _is_small(leaf: Array, limit: int) -> bool:
-    size: Any = leaf.size  # may be symbolic, in an export
-    return isinstance(size, int) and size <= limit
+    return is_known(leaf.size) and leaf.size <= limit
 
 
 def _counts(plan: Plan, leaves: Sequence[Array]) -> list[Any]:

@@ -93,9 +93,14 @@ def times(x: Array, *factors: Array) -> Array:
     return reduce(lax.mul, [factor.astype(x.dtype) for factor in factors], x)
 
 
+def is_known(size: Any) -> bool:
+    """Whether a size is a number; in an export it may be symbolic."""
+    return isinstance(size, int)
+
+
 def divisor(size: Any, dtype: Any) -> Any:
-    """A number of elements to divide by, at least 1; an array if it is symbolic, as in an export."""
-    return dtype.type(max(1, size)) if isinstance(size, int) else jnp.maximum(jnp.asarray(size).astype(dtype), 1)
+    """A number of elements to divide by, at least 1; an array if the number is not known."""
+    return dtype.type(max(1, size)) if is_known(size) else jnp.maximum(jnp.asarray(size).astype(dtype), 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- range

@@ -245,6 +245,7 @@ def test_masks_of_single_numbers():
         lambda x: rmsjax.clip_by_rms(1.0).update([x, x[0]], None)[0],
         jax.grad(rms),
         jax.grad(lambda x: jnp.sum(jnp.sin(rms_normalize(x)))),
+        lambda x: jax.grad(lambda scale: jnp.sum(jnp.sin(rms_normalize(jnp.stack([x, x], -1), scale))))(jnp.ones(2)),
     ],
 )
 def test_sizes_may_be_symbolic(function):
