@@ -7,7 +7,8 @@ write are its cost, free of noise. They are counted in the text of the program, 
 - a kernel reads each of its operands once and writes its results once, but for those that stay on the chip (TPU);
 - of an operand that is only sliced it reads the slices, and of a result that is updated in place it writes the update;
 - the body of a loop counts as often as it runs;
-- a conditional is noted, and counts as its cheapest branch, which is the one that ordinary numbers take.
+- a conditional is noted, and counts as its cheapest branch, which is the one that ordinary numbers take;
+- arithmetic of single numbers that is not part of a fusion is no kernel: a TPU does that in its scalar unit.
 
 The padding of a TPU's tiles, caches, and what XLA keeps in registers across kernels are not counted.
 """
@@ -123,6 +124,10 @@ _NO_KERNEL = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", 
 _NO_KERNEL |= {"copy-start", "slice-start", "async-update", "async-done"}
 
 
+def _is_number(shape):
+    return re.fullmatch(r"\w+\[(1(,1)*)?\](\{.*\})?", shape) is not None
+
+
 def _kernels(computations, name):
     """The bytes of each kernel of a computation, in the order of the program."""
     found = []
@@ -130,6 +135,8 @@ def _kernels(computations, name):
     for own in instructions.values():
         called = _called(own)
         if own.operation in _NO_KERNEL or 'custom_call_target="ConcatBitcast"' in own.rest:
+            continue
+        if not called and all(_is_number(i.shape) for i in (own, *(instructions[name] for name in own.operands))):
             continue
         if own.operation == "conditional":
             found += min((_kernels(computations, branch) for branch in called), key=sum)

@@ -45,6 +45,14 @@ def test_sum(device):
     assert found.kernels <= 2
 
 
+def test_arithmetic_of_single_numbers_is_no_kernel(v5e):
+    """A TPU does it in its scalar unit, in an instruction for each operation."""
+    plain, more = (
+        compiled(v5e, fn, X) for fn in (jnp.sum, lambda x: jnp.sqrt(jnp.maximum(jnp.sum(x) / 3, 2) * 5).reshape(1, 1))
+    )
+    assert (more.kernels, more.bytes) == (plain.kernels, plain.bytes)
+
+
 def test_two_readings(device):
     """The sum is wanted before the elements are."""
     assert program(device, lambda x: x / jnp.sum(x), X).bytes == pytest.approx(3, abs=0.01)
