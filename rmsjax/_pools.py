@@ -68,8 +68,28 @@ class PerPool:
         """The values one by one, in the order of the pools."""
         found: dict[int, Any] = {}
         for value, place in zip(self.values, self.places, strict=True):
-            found |= zip(place, [value] if pools[place[0]].axes is not None else jnp.unstack(value), strict=True)
+            entries = [value] if pools[place[0]].axes is not None else _unstacked(value)
+            found |= zip(place, entries, strict=True)
         return [found[pool] for pool in range(len(found))]
+
+
+@jax.custom_jvp
+def _unstacked(values: Array) -> list[Array]:
+    """The entries of a vector, by indices that compilers do not know.
+
+    XLA compiles what is alike once, such as the scaling of all leaves of one shape. An index that is known would be
+    part of each, and make them differ.
+    """
+    if len(values) == 1:
+        return [lax.squeeze(values, [0])]
+    indices = lax.optimization_barrier([jnp.uint32(k) for k in range(len(values))])
+    return [lax.squeeze(lax.dynamic_slice(values, [k], [1]), [0]) for k in indices]
+
+
+@_unstacked.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[list[Array], list[Array]]:
+    """By indices that are known: on the way back, slices then make one vector without an addition for each."""
+    return _unstacked(*primals), list(jnp.unstack(*tangents))
 
 
 class Plan(NamedTuple):
@@ -177,22 +197,33 @@ def _sums_of_place(
 ) -> list[Array]:
     """For each factor the vector of the sums of pools without axes."""
     owner = {i: k for k, p in enumerate(place) for i in plan.pools[p].members if leaves[i].size != 0}
+    known = tuple(factor for factor in factors if not isinstance(factor, Array))
+    varied = [_unstacked(factor) for factor in factors if isinstance(factor, Array)]
     by_way: dict[Mapped, list[tuple[Any, list[Array]]]] = {}
     for bundle in _bundles(plan, leaves, list(owner), on):
-        owners = np.array([owner[i] for i in bundle])
-        given = [factor[owners] if isinstance(factor, Array) else factor for factor in factors]
-        # XLA:CPU copies columns in loops; copies of tiny rows LLVM would write out, and take its time to put in order.
-        at = leaves[bundle[0]].ndim if on == "cpu" and _is_small(leaves[bundle[0]], 64) else 0
-        x = lax.expand_dims(leaves[bundle[0]], [at]) if len(bundle) == 1 else jnp.stack([leaves[i] for i in bundle], at)
-        sums = sums_of_squares(x, [a for a in range(x.ndim) if a != at], dtype, given, on)
+        owners = [owner[i] for i in bundle]
+        given = [[entries[k] for k in owners] for entries in varied]
+        sums = _sums_of_bundle([leaves[i] for i in bundle], given, known, dtype, on)
         by_way.setdefault(plan.mapped[bundle[0]], []).append((owners, sums))
     totals = [jnp.zeros(len(place), dtype)] * len(factors) if not by_way else []
     for way, bundles in by_way.items():
-        owners = np.concatenate([owned for owned, _ in bundles])
+        owners = np.array([k for owned, _ in bundles for k in owned])
         joined = [jnp.concatenate(parts) for parts in zip(*(sums for _, sums in bundles), strict=True)]
         summed = [way.psum(_pooled(sums, owners, len(place))) for sums in joined]
         totals = [a + b for a, b in zip(totals, summed, strict=True)] if totals else summed
     return totals
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))  # so that leaves of one type are traced once
+def _sums_of_bundle(
+    leaves: list[Array], factors: list[Any], known: tuple[Any, ...], dtype: Any, on: str
+) -> list[Array]:
+    """For each factor, of those that are `known` first, the vector of the sums of some leaves of one type."""
+    # XLA:CPU copies columns in loops; copies of tiny rows LLVM would write out, and take its time to put in order.
+    at = leaves[0].ndim if on == "cpu" and _is_small(leaves[0], 64) else 0
+    x = lax.expand_dims(leaves[0], [at]) if len(leaves) == 1 else jnp.stack(leaves, at)
+    rest = [a for a in range(x.ndim) if a != at]
+    return sums_of_squares(x, rest, dtype, [*known, *map(jnp.stack, factors)], on)
 
 
 def _pooled(sums: Array, owners: Any, count: int) -> Array:
@@ -240,8 +271,10 @@ def _along(plan: Plan, leaves: Sequence[Array], found: PerPool, moving: dict[int
         terms: list[Array] = []
         for i in (i for i in pool.members if i in moving):
             ones = [1] * leaves[i].ndim
-            axes, of_leaf = (range(leaves[i].ndim), rho.reshape(ones)) if pool.axes is None else (pool.axes, rho)
-            terms.append(plan.mapped[i].psum(along(leaves[i], of_leaf, moving[i], axes, count).reshape(rho.shape)))
+            axes, of_leaf = (tuple(range(leaves[i].ndim)), rho.reshape(ones)) if pool.axes is None else (pool.axes, rho)
+            terms.append(
+                plan.mapped[i].psum(_along_leaf(leaves[i], of_leaf, moving[i], axes, count).reshape(rho.shape))
+            )
         return in_order(_added(terms, rho), inverse_root(count, rho.dtype))
 
     def of_place(value: Array, counts: Any, place: tuple[int, ...]) -> Array:
@@ -252,6 +285,9 @@ def _along(plan: Plan, leaves: Sequence[Array], found: PerPool, moving: dict[int
 
     values = map(of_place, found.values, _counts(plan, leaves), plan.places)
     return PerPool(tuple(values), plan.places)
+
+
+_along_leaf = jax.jit(along, static_argnums=3)  # so that leaves of one type are traced once
 
 
 def _added(terms: Sequence[Array], like: Array) -> Array:

@@ -301,6 +301,8 @@ def sums_of_squares(x: Array, axes: Sequence[int], dtype: Any, factors: Sequence
 
     def square(part: Array, factor: Any) -> Array:
         scaled = part * factor
+        if isinstance(factor, Array):
+            return lax.square(scaled)
         # The size of it: of a constant, XLA before that of jax 0.12 would make (x x)(factor factor) of a bare square.
         return lax.square(lax.max(scaled, lax.neg(scaled)))
 

@@ -1,5 +1,6 @@
 """Trees of many small leaves: these are joined before anything is done to them, and nothing is lost or mixed up."""
 
+import re
 from functools import partial
 
 import jax
@@ -148,6 +149,23 @@ def test_a_clip_does_little_to_each_leaf():
         for count in (32, 64)
     )
     assert more - few <= 20 * 32
+
+
+def test_what_is_done_to_leaves_of_one_shape_is_compiled_once():
+    """XLA compiles alike loops once, so the numbers of the leaves are no part of them."""
+    text = jax.jit(partial(clipped, "block")).lower([jnp.ones((70, 70))] * 64, 1.0).compile().as_text()
+    text = re.sub(r"metadata=\{.*?\}|[._]\d+\b", "", text)
+    loops = re.findall(r"^%\w+ (\([^)]*\) -> f32\[70,70\].*?^\})", text, re.MULTILINE | re.DOTALL)
+    assert len(loops) >= 64
+    assert len(set(loops)) == 1
+
+
+@pytest.mark.parametrize("of", [rmsjax.rms_penalty, jax.grad(rmsjax.rms_penalty)], ids=["norm", "gradient"])
+def test_leaves_of_one_type_are_traced_once(of):
+    def lines(count):
+        return jax.jit(of).lower([jnp.ones((70, 70))] * count).as_text().count(" = ")
+
+    assert lines(24) - lines(16) <= 8 * 30
 
 
 @pytest.mark.parametrize("scope", ["global", "block"])
