@@ -86,9 +86,13 @@ _HOMES = {
     "_tree": ("tree_rms", "rms_by_path", "Scope"),
     "report": ("rms_report", "RMSReport", "RMSRow"),
     "penalties": ("rms_penalty",),
-    "_clips": ("clip_by_rms", "clip_by_relative_rms", "ClipByRMSState", "ClipByRelativeRMSState"),
+    "_clips": (
+        *("clip_by_rms", "clip_by_global_norm", "clip_by_relative_rms", "clip_by_history"),
+        *("ClipByRMSState", "ClipByRelativeRMSState", "ClipByHistoryState"),
+    ),
     "transforms": ("normalize_by_rms", "record_rms", "rms_states", "NormalizeByRMSState", "RecordRMSState"),
     "_stable_adam": ("stable_adamw", "scale_by_stable_adam", "ScaleByStableAdamState"),
+    "_hyperball": ("hyperball", "HyperballState"),
     "_coord_check": ("coord_check", "compare_widths", "WidthRecord"),
     "probe": ("activation_rms", "gradient_rms"),
     "_operator_norm": ("rms_operator_norm", "rms_operator_norm_by_path"),
@@ -109,13 +113,18 @@ if TYPE_CHECKING:
     from rmsjax import plot as plot
     from rmsjax import probe as probe
     from rmsjax import testing as testing
+    from rmsjax._clips import ClipByHistoryState as ClipByHistoryState
     from rmsjax._clips import ClipByRelativeRMSState as ClipByRelativeRMSState
     from rmsjax._clips import ClipByRMSState as ClipByRMSState
+    from rmsjax._clips import clip_by_global_norm as clip_by_global_norm
+    from rmsjax._clips import clip_by_history as clip_by_history
     from rmsjax._clips import clip_by_relative_rms as clip_by_relative_rms
     from rmsjax._clips import clip_by_rms as clip_by_rms
     from rmsjax._coord_check import WidthRecord as WidthRecord
     from rmsjax._coord_check import compare_widths as compare_widths
     from rmsjax._coord_check import coord_check as coord_check
+    from rmsjax._hyperball import HyperballState as HyperballState
+    from rmsjax._hyperball import hyperball as hyperball
     from rmsjax._operator_norm import rms_operator_norm as rms_operator_norm
     from rmsjax._operator_norm import rms_operator_norm_by_path as rms_operator_norm_by_path
     from rmsjax._stable_adam import ScaleByStableAdamState as ScaleByStableAdamState
