@@ -97,7 +97,7 @@ def hyperball(
         >>> for _ in range(3):
         ...     updates, state = tx.update(grads, state, params)
         ...     params = optax.apply_updates(params, updates)
-        ...     print(jnp.round(params["w"], 3), f"{rmsjax.rms(params['w']):.4f} {params['b'][0]:.3f}")
+        ...     print(params["w"], f"{rmsjax.rms(params['w']):.4f} {params['b'][0]:.3f}")
         [[ 2.597 -4.273]] 3.5355 -0.001
         [[ 2.182 -4.499]] 3.5355 -0.002
         [[ 1.763 -4.679]] 3.5355 -0.003
