@@ -65,7 +65,7 @@ class Grouping(NamedTuple):
         if isinstance(values, PerPool):
             entries = values.entries(self.pools)
         else:
-            of_leaves = [values] if self.is_global else self.bare.flatten_up_to(values)
+            of_leaves = self.bare.flatten_up_to(values) if self.pools and not self.is_global else [values]
             entries = [of_leaves[0 if self.is_global else pool.members[0]] for pool in self.pools]
 
         def of_place(old: Array, place: tuple[int, ...]) -> Array:
