@@ -329,7 +329,7 @@ def clip_by_history(
     scope: Scope = "block",
     *,
     decay: float | Array = 0.98,
-    warmup_steps: float | Array = 100,
+    warmup_steps: int | Array = 100,
     warmup_max_norm: float | Array | None = 1.0,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformation:
