@@ -15,14 +15,29 @@ rotation-invariant norm of which that is true. So one number means the same in a
   `rmsjax.linen.RMSNorm`; they take the place of Flax's.
 - **Trees** of arrays, such as parameters or gradients: `tree_rms` gives norms as a tree, `rms_by_path` as a dict for a
   logger, `rms_report` as a table to read. `rms_penalty` is a regulariser.
-- **optax**: `clip_by_rms` bounds updates, `clip_by_relative_rms` by the size of their parameters, `normalize_by_rms`
-  sets their norm, `record_rms` lets them pass. `stable_adamw` is AdamW with update clipping. All keep what they saw in
-  their state, and `rms_states` finds it there.
+- **optax**: clips and optimizers that keep training steady, see the table below. All keep what they saw in their state,
+  and `rms_states` finds it there.
 - **Widths**: `coord_check` trains a model at several widths and says which layers grow or shrink with the width;
   `compare_widths` measures models as they are. Both give a `WidthRecord`, which `rmsjax.plot` draws.
 - **Inside a model**: `activation_rms` and `gradient_rms` measure every activation of an unchanged Flax model;
   `rmsjax.probe` does it for any function. `rms_operator_norm` tells how much a kernel can stretch the norm.
 - **Why this norm**: `rmsjax.geometry` has the theorems as functions, `rmsjax.testing` as assertions for your own code.
+
+## Which transformation to take
+
+| if you want | take |
+|---|---|
+| the clip that you have, with an optax bound | `clip_by_global_norm(1.0)` |
+| a bound that carries over from one width and number of parameters to another | `clip_by_rms(1e-2)` |
+| no bound to find, and broken batches that do no harm | `clip_by_history()`, with a warm-up |
+| no tensor to change by more than a share of its size in a step | `clip_by_relative_rms(0.1)` |
+| AdamW without loss spikes, and nothing to tune | `stable_adamw(1e-3)` in place of `optax.adamw` |
+| weights that keep their size, without weight decay | `hyperball(optax.adam(1e-3), 1e-2)`, around any optimizer |
+| all tensors to take steps of one size, as after Muon | `normalize_by_rms(0.2)` |
+| to see the norms and change nothing | `record_rms()` |
+
+Against a broken batch, put a clip before the optimizer, whose averages would remember it. What is not finite no clip
+hides: `optax.apply_if_finite` around all leaves such steps out.
 
 ## Scope: which elements share a norm
 
@@ -86,12 +101,13 @@ _HOMES = {
     "_tree": ("tree_rms", "rms_by_path", "Scope"),
     "report": ("rms_report", "RMSReport", "RMSRow"),
     "penalties": ("rms_penalty",),
-    "transforms": (
-        *("clip_by_rms", "clip_by_relative_rms", "normalize_by_rms", "record_rms"),
-        *("stable_adamw", "scale_by_stable_adam", "rms_states"),
-        *("ClipByRMSState", "ClipByRelativeRMSState", "NormalizeByRMSState", "RecordRMSState"),
-        "ScaleByStableAdamState",
+    "_clips": (
+        *("clip_by_rms", "clip_by_global_norm", "clip_by_relative_rms", "clip_by_history"),
+        *("ClipByRMSState", "ClipByRelativeRMSState", "ClipByHistoryState"),
     ),
+    "transforms": ("normalize_by_rms", "record_rms", "rms_states", "NormalizeByRMSState", "RecordRMSState"),
+    "_stable_adam": ("stable_adamw", "scale_by_stable_adam", "ScaleByStableAdamState"),
+    "_hyperball": ("hyperball", "HyperballState"),
     "_coord_check": ("coord_check", "compare_widths", "WidthRecord"),
     "probe": ("activation_rms", "gradient_rms"),
     "_operator_norm": ("rms_operator_norm", "rms_operator_norm_by_path"),
@@ -112,29 +128,34 @@ if TYPE_CHECKING:
     from rmsjax import plot as plot
     from rmsjax import probe as probe
     from rmsjax import testing as testing
+    from rmsjax._clips import ClipByHistoryState as ClipByHistoryState
+    from rmsjax._clips import ClipByRelativeRMSState as ClipByRelativeRMSState
+    from rmsjax._clips import ClipByRMSState as ClipByRMSState
+    from rmsjax._clips import clip_by_global_norm as clip_by_global_norm
+    from rmsjax._clips import clip_by_history as clip_by_history
+    from rmsjax._clips import clip_by_relative_rms as clip_by_relative_rms
+    from rmsjax._clips import clip_by_rms as clip_by_rms
     from rmsjax._coord_check import WidthRecord as WidthRecord
     from rmsjax._coord_check import compare_widths as compare_widths
     from rmsjax._coord_check import coord_check as coord_check
+    from rmsjax._hyperball import HyperballState as HyperballState
+    from rmsjax._hyperball import hyperball as hyperball
     from rmsjax._operator_norm import rms_operator_norm as rms_operator_norm
     from rmsjax._operator_norm import rms_operator_norm_by_path as rms_operator_norm_by_path
+    from rmsjax._stable_adam import ScaleByStableAdamState as ScaleByStableAdamState
+    from rmsjax._stable_adam import scale_by_stable_adam as scale_by_stable_adam
+    from rmsjax._stable_adam import stable_adamw as stable_adamw
     from rmsjax.penalties import rms_penalty as rms_penalty
     from rmsjax.probe import activation_rms as activation_rms
     from rmsjax.probe import gradient_rms as gradient_rms
     from rmsjax.report import RMSReport as RMSReport
     from rmsjax.report import RMSRow as RMSRow
     from rmsjax.report import rms_report as rms_report
-    from rmsjax.transforms import ClipByRelativeRMSState as ClipByRelativeRMSState
-    from rmsjax.transforms import ClipByRMSState as ClipByRMSState
     from rmsjax.transforms import NormalizeByRMSState as NormalizeByRMSState
     from rmsjax.transforms import RecordRMSState as RecordRMSState
-    from rmsjax.transforms import ScaleByStableAdamState as ScaleByStableAdamState
-    from rmsjax.transforms import clip_by_relative_rms as clip_by_relative_rms
-    from rmsjax.transforms import clip_by_rms as clip_by_rms
     from rmsjax.transforms import normalize_by_rms as normalize_by_rms
     from rmsjax.transforms import record_rms as record_rms
     from rmsjax.transforms import rms_states as rms_states
-    from rmsjax.transforms import scale_by_stable_adam as scale_by_stable_adam
-    from rmsjax.transforms import stable_adamw as stable_adamw
 else:  # a type checker that saw this function would take every name for one of ours
 
     def __getattr__(name: str) -> Any:

@@ -133,7 +133,7 @@ def _is_small(leaf: Array, limit: int) -> bool:
     return is_known(leaf.size) and leaf.size <= limit
 
 
-def _counts(plan: Plan, leaves: Sequence[Array]) -> list[Any]:
+def counts(plan: Plan, leaves: Sequence[Array]) -> list[Any]:
     """What the sums in each place are divided by: the number of elements of the pool, over all devices."""
 
     def count(pool: Pool) -> Any:
@@ -148,8 +148,8 @@ def _counts(plan: Plan, leaves: Sequence[Array]) -> list[Any]:
     def of_place(place: tuple[int, ...]) -> Any:
         if plan.pools[place[0]].axes is not None:
             return count(plan.pools[place[0]])
-        counts = [count(plan.pools[p]) for p in place]
-        return jnp.stack(counts) if any(isinstance(n, Array) for n in counts) else np.stack(counts)
+        found = [count(plan.pools[p]) for p in place]
+        return jnp.stack(found) if any(isinstance(n, Array) for n in found) else np.stack(found)
 
     return [of_place(place) for place in plan.places]
 
@@ -249,7 +249,7 @@ def roots(plan: Plan, leaves: Sequence[Array]) -> PerPool:
 
     The derivative is mean(Re(conj(x) dx))/rho, and 0 where rho = 0.
     """
-    found = root_of_sums(plan.span, partial(_sums, plan), list(leaves), _counts(plan, leaves))
+    found = root_of_sums(plan.span, partial(_sums, plan), list(leaves), counts(plan, leaves))
     axes = [plan.pools[place[0]].axes or () for place in plan.places]
     return PerPool(tuple(map(lax.expand_dims, found, axes)), plan.places)
 
@@ -259,11 +259,11 @@ def _(plan: Plan, primals: Any, tangents: Any) -> tuple[PerPool, PerPool]:
     (leaves,), (given,) = primals, tangents
     found = roots(plan, leaves)
     moving = {i: t for i, t in enumerate(given) if not isinstance(t, SymbolicZero)}
-    return found, _along(plan, leaves, found, moving)
+    return found, along_roots(plan, leaves, found, moving)
 
 
 @partial(recomputed, static_argnums=(0,))
-def _along(plan: Plan, leaves: Sequence[Array], found: PerPool, moving: dict[int, Array]) -> PerPool:
+def along_roots(plan: Plan, leaves: Sequence[Array], found: PerPool, moving: dict[int, Array]) -> PerPool:
     """The derivative of `roots` along the tangents in `moving`: mean(Re(conj(x/rho) dx)), linear in dx."""
     leaves, found = cpu_barrier((leaves, found))
 
@@ -283,7 +283,7 @@ def _along(plan: Plan, leaves: Sequence[Array], found: PerPool, moving: dict[int
             return of_pool(pools[0], value, counts)
         return jnp.stack([of_pool(*each) for each in zip(pools, jnp.unstack(value), counts, strict=True)])
 
-    values = map(of_place, found.values, _counts(plan, leaves), plan.places)
+    values = map(of_place, found.values, counts(plan, leaves), plan.places)
     return PerPool(tuple(values), plan.places)
 
 
@@ -295,6 +295,22 @@ def _added(terms: Sequence[Array], like: Array) -> Array:
     if len(terms) < 2:
         return terms[0] if terms else jnp.zeros_like(like)
     return jnp.sum(hold(jnp.stack(terms)), 0)
+
+
+def excess(plan: Plan, leaves: Sequence[Array], near: PerPool) -> PerPool:
+    """mean(|x|^2)/rho^2 - 1 of each pool, for a rho that is near its norm; 0 where rho is 0.
+
+    As mean(Re(conj(x - rho) (x + rho)))/rho^2: what is added up is of both signs, and its rounding is in proportion to
+    the small result. So it tells the norm from rho to more digits than a norm has.
+    """
+    less, more = (of_leaves(plan.pools, partial(_added_to, sign=sign), leaves, near) for sign in (-1, 1))
+    along = along_roots(plan, less, near, dict(enumerate(more)))
+    return jax.tree.map(lambda a, rho: a * (four_over(rho) / 4), along, near)
+
+
+def _added_to(x: Array, rho: Array, sign: int) -> Array:
+    wide = lift(x, rho.dtype)
+    return wide + (sign * rho).astype(wide.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ rescaling
@@ -334,7 +350,7 @@ def rescale(pools: tuple[Pool, ...], leaves: Sequence[Array], roots: PerPool, ta
     Where target = root a leaf comes back as it was, else where root = 0 as zeros. A root that is NaN or inf makes all
     of its pool non-finite or zero, so that nothing hides it.
     """
-    return _of_leaves(pools, _scaled, leaves, *_factors(roots, targets))
+    return of_leaves(pools, _scaled, leaves, *_factors(roots, targets))
 
 
 def _factors(roots: PerPool, targets: PerPool) -> tuple[PerPool, PerPool]:
@@ -356,7 +372,7 @@ def _scaled(x: Array, a: Array, b: Array) -> Array:
     return jnp.where(b == 1, x, product) if b.ndim == 0 else product
 
 
-def _of_leaves(
+def of_leaves(
     pools: tuple[Pool, ...], f: Callable[..., Array], leaves: Sequence[Array], *of_pools: PerPool
 ) -> list[Array]:
     """f(leaf, entries of its pool) of each leaf."""
@@ -381,7 +397,7 @@ def _(pools: tuple[Pool, ...], primals: Any, tangents: Any) -> tuple[list[Array]
     def moved(x: Array, root: Array, over: Array, by: Array) -> Array:
         return times(divide4(lift(x, root.dtype), root, over), by).astype(x.dtype)
 
-    straight = _of_leaves(pools, _product, dleaves, *factors)
+    straight = of_leaves(pools, _product, dleaves, *factors)
     over, by = jax.tree.map(four_over, roots), jax.tree.map(change, *factors, droots, dtargets)
-    aside = _of_leaves(pools, moved, leaves, roots, over, by)
+    aside = of_leaves(pools, moved, leaves, roots, over, by)
     return rescale(pools, leaves, roots, targets), jax.tree.map(jnp.add, straight, aside)

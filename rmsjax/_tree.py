@@ -19,7 +19,7 @@ from rmsjax import _pools
 from rmsjax._boxes import key_paths, unboxed
 from rmsjax._checks import as_axes, as_mapped, as_numeric
 from rmsjax._pools import PerPool, Pool
-from rmsjax._reduce import Mapped, accumulator_dtype
+from rmsjax._reduce import Mapped, accumulator_dtype, varying
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
@@ -48,6 +48,54 @@ class Grouping(NamedTuple):
             return entries[0]
         found = {i: entry for pool, entry in zip(self.pools, entries, strict=True) for i in pool.members}
         return self.bare.unflatten([found[i] for i in range(len(found))])
+
+    def whole(self) -> Grouping:
+        """All leaves in one pool."""
+        return self._replace(pools=(Pool(tuple(range(len(self.leaves)))),), is_global=True)
+
+    def each(self, f: Callable[..., Array], *of_pools: PerPool) -> list[Array]:
+        """f(leaf, entries of its pool) of each leaf."""
+        return _pools.of_leaves(self.pools, f, self.leaves, *of_pools)
+
+    def laid_out(self, values: Any, like: PerPool) -> PerPool:
+        """Numbers in the layout and the dtypes of others: what `tree` has made, or norms of other leaves, of any dtype.
+
+        The layout goes by the types of leaves, and parameters need not have those of their updates.
+        """
+        if isinstance(values, PerPool):
+            entries = values.entries(self.pools)
+        else:
+            of_leaves = self.bare.flatten_up_to(values) if self.pools and not self.is_global else [values]
+            entries = [of_leaves[0 if self.is_global else pool.members[0]] for pool in self.pools]
+
+        def of_place(old: Array, place: tuple[int, ...]) -> Array:
+            has_axes = self.pools[place[0]].axes is not None
+            # Each in the dtype first: one float64 leaf need not be in each place.
+            given = [entries[p].astype(old.dtype) for p in place]
+            return given[0] if has_axes else jnp.stack(given)
+
+        return PerPool(tuple(map(of_place, like.values, like.places)), like.places)
+
+    def merged(self, values: PerPool, like: PerPool) -> PerPool:
+        """In as few arrays as may be, for what is computed with them: compilers spend their time by operation.
+
+        Those in one vector vary over the same mapped axes in `like`, which has the layout of the values.
+        """
+        alike: dict[Any, list[int]] = {}
+        for k, (value, place) in enumerate(zip(like.values, like.places, strict=True)):
+            alike.setdefault(k if self.pools[place[0]].axes is not None else varying(value), []).append(k)
+        given = [[values.values[k] for k in ks] for ks in alike.values()]
+        joined = tuple(arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays) for arrays in given)
+        return PerPool(joined, tuple(tuple(p for k in ks for p in like.places[k]) for ks in alike.values()))
+
+    def split(self, values: PerPool, like: PerPool) -> PerPool:
+        """What `merged` has put together, in the layout that it had."""
+        found: dict[tuple[int, ...], Array] = {}
+        for value, place in zip(values.values, values.places, strict=True):
+            parts = [part for part in like.places if part[0] in place]
+            ends = np.cumsum([len(part) for part in parts])[:-1]
+            found |= zip(parts, [value] if len(parts) == 1 else jnp.split(value, ends), strict=True)
+        return PerPool(tuple(found[place] for place in like.places), like.places)
 
     def _narrow(self, value: Array, pool: Pool) -> Array:
         """One float64 leaf makes all sums float64; the norm of a pool without such a leaf is still float32."""
@@ -138,6 +186,17 @@ def measure(grouping: Grouping, mapped: Mapped) -> PerPool:
 @partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _measure(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) -> PerPool:
     return _pools.roots(_pools.make_plan(leaves, pools, mapped), leaves)
+
+
+def excess(grouping: Grouping, near: PerPool, mapped: Mapped) -> PerPool:
+    """By what share the mean square of each pool is above the square of a number near its norm; see `_pools.excess`."""
+    return _pools.excess(_pools.make_plan(grouping.leaves, grouping.pools, mapped), grouping.leaves, near)
+
+
+def counts(grouping: Grouping, mapped: Mapped) -> PerPool:
+    """The number of elements of each pool, over all devices; at least 1."""
+    plan = _pools.make_plan(grouping.leaves, grouping.pools, mapped)
+    return PerPool(tuple(_pools.counts(plan, grouping.leaves)), plan.places)
 
 
 @overload

@@ -12,6 +12,7 @@ import pytest
 import rmsjax
 from rmsjax import _reduce
 from tests.oracle import in_double, true_rms
+from tests.workloads import gpt2_small, tree_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -166,6 +167,25 @@ def test_leaves_of_one_type_are_traced_once(of):
         return jax.jit(of).lower([jnp.ones((70, 70))] * count).as_text().count(" = ")
 
     assert lines(24) - lines(16) <= 8 * 30
+
+
+@pytest.mark.parametrize(
+    ("tx", "scope"),
+    [
+        (rmsjax.clip_by_global_norm(1.0), "global"),
+        (rmsjax.clip_by_history(scope="global"), "global"),
+        (rmsjax.clip_by_history(), "block"),
+    ],
+)
+def test_no_clip_has_many_more_operations_than_the_plain_one(tx, scope):
+    """Of the gradients of GPT-2 small; to compile takes a time in proportion."""
+    shapes = tree_of(gpt2_small())
+
+    def size_of(tx):
+        state = jax.eval_shape(tx.init, shapes)
+        return jax.jit(tx.update).lower(shapes, state, shapes).as_text().count(" = ")
+
+    assert size_of(tx) <= 1.2 * size_of(rmsjax.clip_by_rms(1e-3, scope))
 
 
 @pytest.mark.parametrize("scope", ["global", "block"])
