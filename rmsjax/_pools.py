@@ -104,8 +104,11 @@ class Plan(NamedTuple):
 _SMALL, _STACKED, _PLACE = 70_000, 16, 32
 
 
-def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) -> Plan:
+def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped, *, bounded: bool = False) -> Plan:
     """The plan of `roots(plan, leaves)`; made where the leaves are, since it looks at how they vary.
+
+    bounded: whether the leaves are quotients that no one sees, of which none is so large that squares overflow, and
+    none that matters so small that they underflow.
 
     Pools of a leaf each have a vector for as many as are stacked. From one vector for all of them XLA:GPU (jax 0.12)
     would compile a kernel of its own for each that it takes a number out of; now these are alike from stack to stack.
@@ -126,7 +129,8 @@ def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) 
         for most in [len(group) if isinstance(kind, frozenset) else _PLACE]
         for k in range(0, len(group), most)
     ]
-    return Plan(pools, tuple(places), over, range_of(*(leaf.dtype for leaf in leaves)))
+    span = range_of(*(leaf.dtype for leaf in leaves))
+    return Plan(pools, tuple(places), over, span._replace(fits=True, computed=True) if bounded else span)
 
 
 def _is_small(leaf: Array, limit: int) -> bool:

@@ -329,6 +329,7 @@ class Range(NamedTuple):
     epsilon: float  # what is added to the mean
     dtype: np.dtype[Any]  # of the sums
     fits: bool  # no sum can leave the range
+    computed: bool = False  # from other arrays just before, in the loop that adds up the squares
 
     @property
     def is_outweighed(self) -> bool:
@@ -370,7 +371,7 @@ def root_of_sums(span: Range, sums: Sums, data: Any, counts: Sequence[Any]) -> l
 
 def _as_they_are(span: Range, sums: Sums, on: str, data: Any, counts: list[Any]) -> list[Array]:
     """Where no sum can leave the range."""
-    return _roots(span, sums(cpu_barrier(data), [None], span.dtype, on)[0], None, counts)
+    return _roots(span, sums(data if span.computed else cpu_barrier(data), [None], span.dtype, on)[0], None, counts)
 
 
 def _by_branch(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:

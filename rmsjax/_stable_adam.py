@@ -12,8 +12,8 @@ import optax
 from jax import Array
 
 from rmsjax._checks import as_mapped, as_number, as_threshold
-from rmsjax._reduce import lift, times
-from rmsjax._tree import Scope, check_scope, group, measure, rescale
+from rmsjax._reduce import accumulator_dtype, lift, times
+from rmsjax._tree import Scope, check_scope, group, measure
 from rmsjax._updates import (
     added,
     as_decay,
@@ -46,7 +46,8 @@ class ScaleByStableAdamState(NamedTuple):
 
     `grad_mean` and `grad_rms`: for each element, the debiased moving average of the gradient, and the root of that of
     its square. `ratio_rms`: the norm of the newest gradient over `grad_rms`; where it was above 1 the step was divided
-    by it. `num_updates`, `num_clipped`, `share_clipped`: as in `ClipByRMSState`.
+    by it, and where it was so by more than roundings that was counted. `num_updates`, `num_clipped`, `share_clipped`:
+    as in `ClipByRMSState`.
 
     These are not the fields `count`, `mu` and `nu` of optax's Adam, and so do not have their names: code that asks for
     those would compute with other numbers than it thinks. After t updates mu is `grad_mean * (1 - b1**t)`, and nu is
@@ -154,32 +155,52 @@ def scale_by_stable_adam(
         grouping = group(name, updates, scope, kind=jnp.inexact)
         check_alike(name, state.grad_mean, updates)
         count = next_update(state.num_updates)
-        updates = grouping.treedef.unflatten(grouping.leaves)  # arrays, also where a number was given
-        grads = jax.tree.map(lifted, updates)
-        mean = jax.tree.map(lambda m, g: averaged(m, g, b1, count), state.grad_mean, grads)
-        root = jax.tree.map(lambda r, g: _root_averaged(r, g, b2, count), state.grad_rms, grads)
-        ratio = jax.tree.map(lambda g, r: quotient(g, jnp.maximum(r, jnp.asarray(eps, r.dtype))), grads, root)
-        norms = measure(grouping._replace(leaves=jax.tree.leaves(ratio)), as_mapped(name, axis_name))
-        step = jax.tree.map(lambda m, r: quotient(m, r + jnp.asarray(eps, r.dtype)), mean, root)
+        weights = {
+            dtype: (newest_weight(b1, count, dtype), newest_weight(b2, count, dtype))
+            for dtype in {accumulator_dtype(leaf.dtype) for leaf in grouping.leaves}
+        }
+        leaves = zip(grouping.leaves, jax.tree.leaves(state.grad_mean), jax.tree.leaves(state.grad_rms), strict=True)
+        found = [_moments(g, m, r, *weights[accumulator_dtype(g.dtype)], eps) for g, m, r in leaves]
+        mean, root, ratio, step = ([of_leaf[k] for of_leaf in found] for k in range(4))
+        # No ratio is above 1/sqrt(1 - b2), and one whose square underflows shortens no step.
+        norms = measure(grouping._replace(leaves=ratio), as_mapped(name, axis_name), bounded=True)
         if decays:
-            step = _decayed(step, params_of(name, updates, params), weight_decay, mask)
-        ones = jax.tree.map(jnp.ones_like, norms)
-        step = rescale(grouping._replace(leaves=jax.tree.leaves(step)), jax.tree.map(jnp.maximum, norms, ones), ones)
-        return jax.tree.map(lambda s, u: s.astype(u.dtype), step, updates), ScaleByStableAdamState(
-            grad_mean=jax.tree.map(lambda old, new: new.astype(old.dtype), state.grad_mean, mean),
-            grad_rms=jax.tree.map(lambda old, new: new.astype(old.dtype), state.grad_rms, root),
+            trees = grouping.treedef.unflatten(step), params_of(name, updates, params)
+            step = jax.tree.leaves(_decayed(*trees, weight_decay, mask))
+        factors = jax.tree.map(lambda norm: 1 / jnp.maximum(norm, 1), norms)
+        step = grouping._replace(leaves=step).each(times, factors)
+        return _as_before(grouping.treedef.unflatten(grouping.leaves), step), ScaleByStableAdamState(
+            grad_mean=_as_before(state.grad_mean, mean),
+            grad_rms=_as_before(state.grad_rms, root),
             ratio_rms=kept(name, state.ratio_rms, grouping, norms),
             num_updates=count,
-            num_clipped=added(name, state.num_clipped, grouping, jax.tree.map(jnp.greater, norms, ones)),
+            num_clipped=added(name, state.num_clipped, grouping, jax.tree.map(_shortens, norms)),
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _root_averaged(root: Array, value: Array, decay: Any, step: Array) -> Array:
-    """The root of the debiased moving average of squares with one more value, without squaring it."""
-    weight = newest_weight(decay, step, value.real.dtype)
-    return hypot(jnp.sqrt(1 - weight) * root.astype(weight.dtype), jnp.sqrt(weight) * jnp.abs(value))
+def _shortens(norm: Array) -> Array:
+    """Whether a norm of ratios is above 1 by more than roundings, which for a steady gradient are on either side."""
+    return norm > 1 + 16 * jnp.finfo(norm.dtype).eps
+
+
+def _as_before(tree: PyTree, leaves: list[Array]) -> PyTree:
+    """New leaves, in the structure and the dtypes of a tree."""
+    old, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([new.astype(o.dtype) for o, new in zip(old, leaves, strict=True)])
+
+
+@jax.jit  # so that leaves of one type are traced once
+def _moments(grad: Array, mean: Array, root: Array, w1: Array, w2: Array, eps: Any) -> tuple[Array, ...]:
+    """One leaf: the moving average of the gradient, the root of that of its square, and the gradient and the step of
+    Adam over that root. No square is taken of a number that may be large or small.
+    """
+    grad = lifted(grad)
+    mean = averaged(mean, grad, w1)
+    root = hypot(jnp.sqrt(1 - w2) * root.astype(w2.dtype), jnp.sqrt(w2) * jnp.abs(grad))
+    eps = jnp.asarray(eps, root.dtype)
+    return mean, root, quotient(grad, jnp.maximum(root, eps)), quotient(mean, root + eps)
 
 
 def _decayed(step: PyTree, params: PyTree, weight_decay: Any, mask: Any) -> PyTree:

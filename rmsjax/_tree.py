@@ -178,14 +178,17 @@ def _scope_axes(function: str, choice: Any, path: str, leaf: Array, *, from_call
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def measure(grouping: Grouping, mapped: Mapped) -> PerPool:
-    """The norm of each pool; an array of norms, with the reduced axes kept, for a pool with axes."""
-    return _measure(grouping.leaves, grouping.pools, mapped)
+def measure(grouping: Grouping, mapped: Mapped, *, bounded: bool = False) -> PerPool:
+    """The norm of each pool; an array of norms, with the reduced axes kept, for a pool with axes.
+
+    bounded: see `_pools.make_plan`.
+    """
+    return _measure(grouping.leaves, grouping.pools, mapped, bounded)
 
 
-@partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _measure(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) -> PerPool:
-    return _pools.roots(_pools.make_plan(leaves, pools, mapped), leaves)
+@partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _measure(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped, bounded: bool) -> PerPool:
+    return _pools.roots(_pools.make_plan(leaves, pools, mapped, bounded=bounded), leaves)
 
 
 def excess(grouping: Grouping, near: PerPool, mapped: Mapped) -> PerPool:

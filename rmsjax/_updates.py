@@ -178,16 +178,19 @@ def newest_weight(decay: Any, step: Array, dtype: Any) -> Array:
     return jnp.where(step > 1, weight, 1)  # exactly
 
 
-def averaged(average: Array, value: Array, decay: Any, step: Array) -> Array:
-    """The debiased moving average with one more value, in the dtype of the value."""
-    weight = newest_weight(decay, step, value.real.dtype)
+def averaged(average: Array, value: Array, weight: Array) -> Array:
+    """The debiased moving average with one more value, which has that weight, in the dtype of the value."""
     return times(average.astype(value.dtype), 1 - weight) + times(value, weight)
 
 
 @jax.custom_jvp
 def hypot(a: Array, b: Array) -> Array:
-    """sqrt(a^2 + b^2) of numbers of any size; `jnp.hypot` has no derivative at 0, nor where 1/a^2 overflows."""
-    return jnp.hypot(a, b)
+    """sqrt(a^2 + b^2) of numbers of any size that are not negative.
+
+    `jnp.hypot` is twice as many operations, and has no derivative at 0, nor where 1/a^2 overflows.
+    """
+    large, small = jnp.maximum(a, b), jnp.minimum(a, b)
+    return large * jnp.sqrt(1 + jnp.square(small / jnp.where(large == 0, 1, large)))
 
 
 @hypot.defjvp

@@ -13,7 +13,18 @@ from jax import Array
 from rmsjax._boxes import unboxed
 from rmsjax._checks import as_mapped, as_threshold
 from rmsjax._tree import Scope, check_scope, group, is_state, measure, rescale
-from rmsjax._updates import as_decay, averaged, hypot, kept, next_update, no_updates, norm_types, serializable, zeros
+from rmsjax._updates import (
+    as_decay,
+    averaged,
+    hypot,
+    kept,
+    newest_weight,
+    next_update,
+    no_updates,
+    norm_types,
+    serializable,
+    zeros,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -186,7 +197,9 @@ def record_rms(
         norms = kept(name, state.rms, grouping, measure(grouping, as_mapped(name, axis_name)))
         step, average = next_update(state.num_updates), None
         if ema_decay is not None:
-            average = jax.tree.map(lambda a, r: averaged(a, r, ema_decay, step), state.ema_rms, norms)
+            average = jax.tree.map(
+                lambda a, r: averaged(a, r, newest_weight(ema_decay, step, r.dtype)), state.ema_rms, norms
+            )
         return updates, RecordRMSState(norms, average, step)
 
     return optax.GradientTransformation(init_fn, update_fn)
