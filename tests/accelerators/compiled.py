@@ -55,7 +55,7 @@ def device(name):
 
 
 class Program(NamedTuple):
-    """What a program does when it runs, and the seconds that it took to trace, lower and compile."""
+    """What a program does when it runs, and the seconds of processor time that it took to trace, lower and compile."""
 
     kernels: int
     bytes: int
@@ -68,9 +68,9 @@ def compiled(name, fn, *args):
     """The program of fn for the device of this name, of arguments that are arrays or their shapes."""
     place = SingleDeviceSharding(device(name))
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
-    start = time.perf_counter()
+    start = time.process_time()
     program = jax.jit(fn).lower(*args).compile()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return Program(*counted(program.as_text()), program.memory_analysis().temp_size_in_bytes, seconds)
 
 

@@ -1,5 +1,6 @@
 """Norm and clip of trees against optax and PyTorch: many small leaves, and those of GPT-2."""
 
+import statistics
 from functools import partial
 
 import jax
@@ -70,6 +71,24 @@ def compiled_and_run(what, fns, tree, *, states=None, eager=None):
     yield from against_peers(what, interleaved(calls, repeats=51))
 
 
+def to_compile(what, tree):
+    """Rows of the seconds to compile a norm and clips, with their states."""
+    clips = {
+        "global clip": (rmsjax.clip_by_rms(1.0), optax.clip_by_global_norm(1.0)),
+        "block clip": (rmsjax.clip_by_rms(1.0, "block"), optax.clip_by_block_rms(1.0)),
+    }
+    programs = {"norm": ((rmsjax.tree_rms, tree), (optax.tree.norm, tree))}
+    programs |= {name: tuple((tx.update, tree, tx.init(tree)) for tx in pair) for name, pair in clips.items()}
+    for name, pair in programs.items():
+        times = {library: [] for library in ("rmsjax", "optax")}
+        for _ in range(3):
+            for found, (fn, *args) in zip(times.values(), pair, strict=True):
+                jax.clear_caches()
+                found.append(compile_time(jax.jit(fn), *args))
+        medians = {library: statistics.median(found) for library, found in times.items()}
+        yield row(f"{name} of {what}, to compile", medians, "s")
+
+
 def against_peers(what, values, unit="ms"):
     theirs = {name: value for name, value in values.items() if "rmsjax" not in name}
     for name in [name for name in values if name not in theirs]:
@@ -80,6 +99,8 @@ def against_peers(what, values, unit="ms"):
 def large_leaves():
     """The clip is measured where it changes nothing, and where it scales: then the bound falls from call to call."""
     tree = leaves_of(gpt2_small())
+    yield from to_compile("GPT-2 small", tree)
+    yield from to_compile("200 of 256x256", leaves_of([(256, 256)] * 200))
     flat = jnp.full(sum(leaf.size for leaf in tree.values()), 1e-3, jnp.float32)
     norms = {
         "rmsjax": partial(jax.jit(rmsjax.tree_rms), tree),
