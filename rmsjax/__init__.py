@@ -68,10 +68,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rmsjax._by_path import rms_by_path as rms_by_path
 from rmsjax._norm import rms as rms
 from rmsjax._norm import rms_normalize as rms_normalize
 from rmsjax._tree import Scope as _Scope
-from rmsjax._tree import rms_by_path as rms_by_path
 from rmsjax._tree import tree_rms as tree_rms
 
 Scope: TypeAlias = _Scope
@@ -83,7 +83,8 @@ __version__ = "0.1.0"
 # import flax, optax or matplotlib, and most programs use only some of them.
 _HOMES = {
     "_norm": ("rms", "rms_normalize"),
-    "_tree": ("tree_rms", "rms_by_path", "Scope"),
+    "_tree": ("tree_rms", "Scope"),
+    "_by_path": ("rms_by_path",),
     "report": ("rms_report", "RMSReport", "RMSRow"),
     "penalties": ("rms_penalty",),
     "transforms": (
