@@ -87,12 +87,13 @@ _HOMES = {
     "_by_path": ("rms_by_path",),
     "report": ("rms_report", "RMSReport", "RMSRow"),
     "penalties": ("rms_penalty",),
-    "transforms": (
-        *("clip_by_rms", "clip_by_relative_rms", "normalize_by_rms", "record_rms"),
-        *("stable_adamw", "scale_by_stable_adam", "rms_states"),
-        *("ClipByRMSState", "ClipByRelativeRMSState", "NormalizeByRMSState", "RecordRMSState"),
-        "ScaleByStableAdamState",
+    "_clips": (
+        *("clip_by_rms", "clip_by_global_norm", "clip_by_relative_rms", "clip_by_history"),
+        *("ClipByRMSState", "ClipByRelativeRMSState", "ClipByHistoryState"),
     ),
+    "transforms": ("normalize_by_rms", "record_rms", "rms_states", "NormalizeByRMSState", "RecordRMSState"),
+    "_stable_adam": ("stable_adamw", "scale_by_stable_adam", "ScaleByStableAdamState"),
+    "_hyperball": ("hyperball", "HyperballState"),
     "_coord_check": ("coord_check", "compare_widths", "WidthRecord"),
     "probe": ("activation_rms", "gradient_rms"),
     "_operator_norm": ("rms_operator_norm", "rms_operator_norm_by_path"),
@@ -113,29 +114,34 @@ if TYPE_CHECKING:
     from rmsjax import plot as plot
     from rmsjax import probe as probe
     from rmsjax import testing as testing
+    from rmsjax._clips import ClipByHistoryState as ClipByHistoryState
+    from rmsjax._clips import ClipByRelativeRMSState as ClipByRelativeRMSState
+    from rmsjax._clips import ClipByRMSState as ClipByRMSState
+    from rmsjax._clips import clip_by_global_norm as clip_by_global_norm
+    from rmsjax._clips import clip_by_history as clip_by_history
+    from rmsjax._clips import clip_by_relative_rms as clip_by_relative_rms
+    from rmsjax._clips import clip_by_rms as clip_by_rms
     from rmsjax._coord_check import WidthRecord as WidthRecord
     from rmsjax._coord_check import compare_widths as compare_widths
     from rmsjax._coord_check import coord_check as coord_check
+    from rmsjax._hyperball import HyperballState as HyperballState
+    from rmsjax._hyperball import hyperball as hyperball
     from rmsjax._operator_norm import rms_operator_norm as rms_operator_norm
     from rmsjax._operator_norm import rms_operator_norm_by_path as rms_operator_norm_by_path
+    from rmsjax._stable_adam import ScaleByStableAdamState as ScaleByStableAdamState
+    from rmsjax._stable_adam import scale_by_stable_adam as scale_by_stable_adam
+    from rmsjax._stable_adam import stable_adamw as stable_adamw
     from rmsjax.penalties import rms_penalty as rms_penalty
     from rmsjax.probe import activation_rms as activation_rms
     from rmsjax.probe import gradient_rms as gradient_rms
     from rmsjax.report import RMSReport as RMSReport
     from rmsjax.report import RMSRow as RMSRow
     from rmsjax.report import rms_report as rms_report
-    from rmsjax.transforms import ClipByRelativeRMSState as ClipByRelativeRMSState
-    from rmsjax.transforms import ClipByRMSState as ClipByRMSState
     from rmsjax.transforms import NormalizeByRMSState as NormalizeByRMSState
     from rmsjax.transforms import RecordRMSState as RecordRMSState
-    from rmsjax.transforms import ScaleByStableAdamState as ScaleByStableAdamState
-    from rmsjax.transforms import clip_by_relative_rms as clip_by_relative_rms
-    from rmsjax.transforms import clip_by_rms as clip_by_rms
     from rmsjax.transforms import normalize_by_rms as normalize_by_rms
     from rmsjax.transforms import record_rms as record_rms
     from rmsjax.transforms import rms_states as rms_states
-    from rmsjax.transforms import scale_by_stable_adam as scale_by_stable_adam
-    from rmsjax.transforms import stable_adamw as stable_adamw
 else:  # a type checker that saw this function would take every name for one of ours
 
     def __getattr__(name: str) -> Any:

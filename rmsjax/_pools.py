@@ -113,7 +113,7 @@ def _is_small(leaf: Array, limit: int) -> bool:
     return is_known(leaf.size) and leaf.size <= limit
 
 
-def _counts(plan: Plan, leaves: Sequence[Array]) -> list[Any]:
+def counts(plan: Plan, leaves: Sequence[Array]) -> list[Any]:
     """What the sums in each place are divided by: the number of elements of the pool, over all devices."""
 
     def count(pool: Pool) -> Any:
@@ -128,8 +128,8 @@ def _counts(plan: Plan, leaves: Sequence[Array]) -> list[Any]:
     def of_place(place: tuple[int, ...]) -> Any:
         if plan.pools[place[0]].axes is not None:
             return count(plan.pools[place[0]])
-        counts = [count(plan.pools[p]) for p in place]
-        return jnp.stack(counts) if any(isinstance(n, Array) for n in counts) else np.stack(counts)
+        found = [count(plan.pools[p]) for p in place]
+        return jnp.stack(found) if any(isinstance(n, Array) for n in found) else np.stack(found)
 
     return [of_place(place) for place in plan.places]
 
@@ -218,7 +218,7 @@ def roots(plan: Plan, leaves: Sequence[Array]) -> PerPool:
 
     The derivative is mean(Re(conj(x) dx))/rho, and 0 where rho = 0.
     """
-    found = root_of_sums(plan.span, partial(_sums, plan), list(leaves), _counts(plan, leaves))
+    found = root_of_sums(plan.span, partial(_sums, plan), list(leaves), counts(plan, leaves))
     axes = [plan.pools[place[0]].axes or () for place in plan.places]
     return PerPool(tuple(map(lax.expand_dims, found, axes)), plan.places)
 
@@ -250,7 +250,7 @@ def _along(plan: Plan, leaves: Sequence[Array], found: PerPool, moving: dict[int
             return of_pool(pools[0], value, counts)
         return jnp.stack([of_pool(*each) for each in zip(pools, jnp.unstack(value), counts, strict=True)])
 
-    values = map(of_place, found.values, _counts(plan, leaves), plan.places)
+    values = map(of_place, found.values, counts(plan, leaves), plan.places)
     return PerPool(tuple(values), plan.places)
 
 

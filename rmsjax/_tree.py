@@ -49,6 +49,29 @@ class Grouping(NamedTuple):
         found = {i: entry for pool, entry in zip(self.pools, entries, strict=True) for i in pool.members}
         return self.bare.unflatten([found[i] for i in range(len(found))])
 
+    def whole(self) -> Grouping:
+        """All leaves in one pool."""
+        return self._replace(pools=(Pool(tuple(range(len(self.leaves)))),), is_global=True)
+
+    def laid_out(self, values: Any, like: PerPool) -> PerPool:
+        """Numbers in the layout and the dtypes of others: what `tree` has made, or norms of other leaves, of any dtype.
+
+        The layout goes by the types of leaves, and parameters need not have those of their updates.
+        """
+        if isinstance(values, PerPool):
+            entries = values.entries(self.pools)
+        else:
+            of_leaves = [values] if self.is_global else self.bare.flatten_up_to(values)
+            entries = [of_leaves[0 if self.is_global else pool.members[0]] for pool in self.pools]
+
+        def of_place(old: Array, place: tuple[int, ...]) -> Array:
+            has_axes = self.pools[place[0]].axes is not None
+            # Each in the dtype first: one float64 leaf need not be in each place.
+            given = [entries[p].astype(old.dtype) for p in place]
+            return given[0] if has_axes else jnp.stack(given)
+
+        return PerPool(tuple(map(of_place, like.values, like.places)), like.places)
+
     def _narrow(self, value: Array, pool: Pool) -> Array:
         """One float64 leaf makes all sums float64; the norm of a pool without such a leaf is still float32."""
         if not jnp.issubdtype(value.dtype, jnp.inexact):
@@ -138,6 +161,12 @@ def measure(grouping: Grouping, mapped: Mapped) -> PerPool:
 @partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _measure(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) -> PerPool:
     return _pools.roots(_pools.make_plan(leaves, pools, mapped), leaves)
+
+
+def counts(grouping: Grouping, mapped: Mapped) -> PerPool:
+    """The number of elements of each pool, over all devices; at least 1."""
+    plan = _pools.make_plan(grouping.leaves, grouping.pools, mapped)
+    return PerPool(tuple(_pools.counts(plan, grouping.leaves)), plan.places)
 
 
 @overload

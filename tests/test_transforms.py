@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 import rmsjax
-from rmsjax import penalties, report, transforms
+from rmsjax import _clips, _stable_adam, penalties, report, transforms
 from tests import optax_suite, stable_adamw
 from tests.optax_suite import ELEMENTS, GRADS, PARAMS, at, scanned
 
@@ -471,7 +471,7 @@ def test_norms_in_a_state_count_as_no_parameters(name, scope):
 
 
 def test_every_state_says_what_its_norms_are():
-    states = [value for name, value in vars(transforms).items() if name.endswith("State")]
+    states = [getattr(rmsjax, name) for name in dir(rmsjax) if name.endswith("State")]
     assert len(states) == 5
     for state in states:
         assert state.norm_fields
@@ -990,7 +990,7 @@ def test_a_learning_rate_has_its_sign_however_it_is_given():
         close(run(tx, params, params)[0], expected)
 
 
-@pytest.mark.parametrize("module", [transforms, penalties, report])
+@pytest.mark.parametrize("module", [_clips, _stable_adam, transforms, penalties, report])
 def test_all_that_is_public_is_named_as_such(module):
     own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     assert {name for name in own if not name.startswith("_")} == set(module.__all__)
