@@ -71,7 +71,7 @@ def test_worst_first_compares_what_is_alike():
 
     unclipped = dict.fromkeys("abc", np.int32(0))
     state = (
-        RecordRMSState(tree(1, 1.1, 1), None, np.int32(1)),
+        RecordRMSState(tree(1, 1.1, 1), None, None, None, None, np.int32(1)),
         ClipByRelativeRMSState(tree(1e-5, 1e-5, 3e-5), tree(2e3, 1e3, 1e3), np.int32(1), unclipped),
     )
     worst = [row.path for row in rms_report(state, order="worst")[:3]]
@@ -181,8 +181,8 @@ def test_states_of_a_chain():
         _, state = update(jax.tree.map(lambda p, s=scale: np.float32(s * p), params), state, params)
     report = rms_report(state)
     assert [row.path for row in report] == [
-        "clip/rms/b", "clip/rms/w", "record/rms", "record/ema_rms", "adam/0/ratio_rms/b", "adam/0/ratio_rms/w",
-        "rest/0/rms/b", "rest/0/rms/w", "rest/1/rms", "rest/1/param_rms",
+        "clip/rms/b", "clip/rms/w", "record/rms", "record/ema_rms", "record/min_rms", "record/max_rms",
+        "adam/0/ratio_rms/b", "adam/0/ratio_rms/w", "rest/0/rms/b", "rest/0/rms/w", "rest/1/rms", "rest/1/param_rms",
     ]  # fmt: skip
     assert repr(report[:3]).splitlines() == [
         "path        rms  clipped",

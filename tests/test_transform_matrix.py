@@ -161,7 +161,7 @@ ROWS = {
     ),
     "clip_by_relative_rms": row(second_step(rmsjax.clip_by_relative_rms(0.1)), LEAF, PARAMS),
     "normalize_by_rms": row(second_step(rmsjax.normalize_by_rms(scope=-1)), LEAF),
-    "record_rms": row(second_step(rmsjax.record_rms(ema_decay=0.5)), LEAF),
+    "record_rms": row(second_step(rmsjax.record_rms(ema_decay=0.5, relative=True)), LEAF, PARAMS),
     "scale_by_stable_adam": row(second_step(rmsjax.scale_by_stable_adam(0.5, 0.75)), GRADIENTS),
     "stable_adamw": row(second_step(rmsjax.stable_adamw(0.1, weight_decay=0.1)), GRADIENTS, PARAMS),
     "nnx.RMSNorm": row(nnx_layer, nnx.state(LAYER), X),
