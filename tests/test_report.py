@@ -1,4 +1,8 @@
-"""The table of norms: what it shows of trees and of optimizer states, and in which order."""
+"""The table of norms: what it shows of trees and of optimizer states, and in which order. And the way into a logger."""
+
+import json
+import struct
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -258,3 +262,81 @@ def test_states_of_an_nnx_optimizer_hold_arrays():
 def test_no_states_is_an_error():
     with pytest.raises(ValueError, match=r"rms_states: opt_state must hold .*clip_by_rms.*, got tuple without any"):
         rms_states(optax.chain(optax.adam(1e-3)).init(TREE))
+
+
+# ------------------------------------------------------------------------------------------------------------- loggers
+
+
+@pytest.fixture(scope="module")
+def log():
+    """`log(steps, write)` of the notebook on training."""
+    notebook = json.loads((Path(__file__).parent.parent / "notebooks/02_training.ipynb").read_text("utf-8"))
+    (source,) = ("".join(cell["source"]) for cell in notebook["cells"] if cell["id"] == "cell-log")
+    names = {"nnx": nnx, "jax": jax}
+    exec(source, names)
+    return names["log"]
+
+
+def logged_steps(count):
+    """The numbers of some steps of training, as the notebook's step gives them."""
+    params = {"blocks": {"kernel": jnp.ones((2, 3, 3))}, "head": jnp.ones(3)}
+    tx = record_rms(lambda path, leaf: (1, 2) if leaf.ndim == 3 else "block")
+
+    @jax.jit
+    def step(state, size):
+        _, state = tx.update(jax.tree.map(lambda p: size * p, params), state)
+        return state, {"loss": size / 2} | rms_by_path(state.rms, stacked="blocks")
+
+    state = tx.init(params)
+    for k in range(count):
+        state, numbers = step(state, jnp.float32(k))
+        yield numbers
+
+
+EXPECTED = [{"loss": k / 2} | dict.fromkeys(["blocks/0/kernel", "blocks/1/kernel", "head"], k) for k in range(4)]
+
+
+def test_a_step_is_written_when_the_next_one_is_on_its_way(log):
+    events, written = [], []
+
+    def steps():
+        for k, numbers in enumerate(logged_steps(4)):
+            events.append(f"step {k}")
+            yield numbers
+
+    def write(numbers, k):
+        events.append(f"write {k}")
+        written.append({name: float(value) for name, value in numbers.items()})
+
+    log(steps(), write)
+    assert written == EXPECTED
+    assert events == ["step 0", "step 1", "write 0", "step 2", "write 1", "step 3", "write 2", "write 3"]
+
+
+def test_tensorboard(log, tmp_path):
+    """Read back from the file of events: a record is its length, two checksums and the event itself."""
+    tensorboardX = pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    with tensorboardX.SummaryWriter(str(tmp_path)) as writer:
+        log(logged_steps(4), lambda numbers, k: [writer.add_scalar(name, value, k) for name, value in numbers.items()])
+    (path,) = tmp_path.iterdir()
+    data, found = path.read_bytes(), [{} for _ in range(4)]
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+        for value in event.summary.value:
+            found[event.step][value.tag] = value.simple_value
+    assert found == EXPECTED
+
+
+@pytest.mark.once
+def test_wandb_offline(log, tmp_path):
+    wandb = pytest.importorskip("wandb")  # no part of the extra "test": it is large, and starts a process of its own
+    settings = wandb.Settings(console="off", silent=True, disable_git=True)
+    with wandb.init(mode="offline", dir=tmp_path, settings=settings) as run:
+        log(logged_steps(4), run.log)
+        run.log({}, 4)  # W&B adds to the row of a step until another one begins
+        last = {name: value for name, value in dict(run.summary).items() if not name.startswith("_")}
+        assert (run.step, last) == (4, EXPECTED[-1])
+    assert [path.stat().st_size > 0 for path in tmp_path.glob("wandb/offline-run-*/*.wandb")] == [True]
