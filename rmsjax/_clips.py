@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jax import Array
 
 from rmsjax._checks import as_mapped, as_threshold
 from rmsjax._pools import PerPool
-from rmsjax._reduce import Mapped
+from rmsjax._reduce import Mapped, hold
 from rmsjax._tree import Grouping, Scope, check_scope, counts, group, measure, rescale, tree_rms
 from rmsjax._updates import (
     added,
@@ -97,7 +98,7 @@ class ClipByHistoryState(NamedTuple):
 
     `rms`, `num_updates`, `num_clipped`, `share_clipped`: as in `ClipByRMSState`, with the warm-up. `ema_rms`: the
     history of each norm, that the next one is compared with; 0 where there is none yet. `num_nonfinite`: how many
-    updates had a norm of NaN or inf; these are not among the clipped.
+    updates had a norm of NaN or inf, wherever in the tree; such a norm is not among the clipped.
 
     Example:
         >>> import jax.numpy as jnp, rmsjax
@@ -105,7 +106,7 @@ class ClipByHistoryState(NamedTuple):
         >>> state = tx.init({"w": jnp.zeros(2)})
         >>> for size in (0.5, jnp.inf, 3.0):
         ...     _, state = tx.update({"w": jnp.full(2, size)}, state)
-        >>> print(f"{state.rms['w']} {state.ema_rms['w']:.4f} {state.num_clipped['w']} {state.num_nonfinite['w']}")
+        >>> print(f"{state.rms['w']} {state.ema_rms['w']:.4f} {state.num_clipped['w']} {state.num_nonfinite}")
         3.0 0.5005 1 1
     """
 
@@ -113,7 +114,7 @@ class ClipByHistoryState(NamedTuple):
     ema_rms: Any
     num_updates: Array
     num_clipped: Any
-    num_nonfinite: Any
+    num_nonfinite: Array
 
     norm_fields = ("rms", "ema_rms")
     share_clipped = property(share_clipped)
@@ -390,40 +391,47 @@ def clip_by_history(
 
     def init_fn(params: PyTree) -> ClipByHistoryState:
         norms = norm_types(name, params, scope, axis_name)
-        counted = zeros(norms, jnp.int32), zeros(norms, jnp.int32)
-        return ClipByHistoryState(zeros(norms), zeros(norms), no_updates(), *counted)
+        whole = norm_types(name, params, "global", axis_name)
+        return ClipByHistoryState(
+            rms=zeros(norms),
+            ema_rms=zeros(norms),
+            num_updates=no_updates(),
+            num_clipped=zeros(norms, jnp.int32),
+            num_nonfinite=zeros(whole, jnp.int32),
+        )
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByHistoryState]:
         del params
         grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
         norms = measure(grouping, mapped)
         rms = kept(name, state.rms, grouping, norms)  # which says so if the updates do not fit the state
+        is_finite = jax.tree.map(jnp.isfinite, norms)
         history = grouping.laid_out(state.ema_rms, norms)
-        warming_up = jax.tree.map(
-            lambda a: (state.num_updates.astype(a.dtype) < jnp.asarray(warmup_steps, a.dtype)) | (a == 0), history
-        )
+        is_early = state.num_updates < jnp.asarray(warmup_steps).astype(state.num_updates.dtype)
+        is_warmup = jax.tree.map(lambda a: is_early | (a == 0), history)
         share = 1 if warmup_max_norm is None else _share_within(warmup_max_norm, grouping, mapped, norms)
         bounds = jax.tree.map(
-            lambda r, a, w: jnp.where(w, r * share, jnp.asarray(factor, a.dtype) * a), norms, history, warming_up
+            lambda r, a, w: jnp.where(w, r * share, jnp.asarray(factor, a.dtype) * a), norms, history, is_warmup
         )
         updates, clipped = _clip(grouping, norms, bounds)
-        finite = jax.tree.map(jnp.isfinite, norms)
-
-        def next_history(a: Array, r: Array, bound: Array, w: Array, is_finite: Array) -> Array:
-            r = jnp.minimum(r, bound)
-            newest = jnp.asarray(1 - decay, a.dtype)
-            least = jnp.where(a == 0, r, jnp.minimum(a, r))
-            return jnp.where(is_finite & (r > 0), jnp.where(w, least, a * (1 - newest) + r * newest), a)
-
-        clipped, broken = jax.tree.map(jnp.logical_and, clipped, finite), jax.tree.map(jnp.logical_not, finite)
-        history = jax.tree.map(next_history, history, norms, bounds, warming_up, finite)
+        clipped = jax.tree.map(jnp.logical_and, clipped, is_finite)
+        # Behind a barrier, or XLA:CPU would compute it again for each leaf of the state.
+        history = hold(jax.tree.map(next_history, history, norms, bounds, is_warmup, is_finite))
+        broken = jnp.logical_not(reduce(jnp.logical_and, map(jnp.all, is_finite.values), True))
         return updates, ClipByHistoryState(
             rms=rms,
             ema_rms=kept(name, state.ema_rms, grouping, history),
             num_updates=next_update(state.num_updates),
             num_clipped=added(name, state.num_clipped, grouping, clipped),
-            num_nonfinite=added(name, state.num_nonfinite, grouping, broken),
+            num_nonfinite=state.num_nonfinite + broken.astype(state.num_nonfinite.dtype),
         )
+
+    def next_history(history: Array, norm: Array, bound: Array, is_warmup: Array, is_finite: Array) -> Array:
+        norm = jnp.minimum(norm, bound)
+        newest = jnp.asarray(1 - decay, history.dtype)
+        least = jnp.where(history == 0, norm, jnp.minimum(history, norm))
+        new = jnp.where(is_warmup, least, history * (1 - newest) + norm * newest)
+        return jnp.where(is_finite & (norm > 0), new, history)
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -11,9 +11,20 @@ import optax
 from jax import Array, lax
 
 from rmsjax._checks import as_mapped, as_threshold, described
-from rmsjax._reduce import UNMAPPED
-from rmsjax._tree import Scope, check_scope, group, measure, rescale
-from rmsjax._updates import as_held, kept, lifted, next_update, no_updates, norm_types, params_of, serializable, zeros
+from rmsjax._reduce import UNMAPPED, times
+from rmsjax._tree import Scope, check_scope, counts, excess, group, measure, rescale
+from rmsjax._updates import (
+    as_held,
+    kept,
+    lifted,
+    next_update,
+    no_updates,
+    norm_types,
+    params_of,
+    quotient,
+    serializable,
+    zeros,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -97,10 +108,10 @@ def hyperball(
         >>> for _ in range(3):
         ...     updates, state = tx.update(grads, state, params)
         ...     params = optax.apply_updates(params, updates)
-        ...     print(params["w"], f"{rmsjax.rms(params['w']):.4f} {params['b'][0]:.3f}")
-        [[ 2.597 -4.273]] 3.5355 -0.001
-        [[ 2.182 -4.499]] 3.5355 -0.002
-        [[ 1.763 -4.679]] 3.5355 -0.003
+        ...     print(*params["w"][0], f"{rmsjax.rms(params['w']):.4f} {params['b'][0]:.3f}")
+        2.597 -4.273 3.5355 -0.001
+        2.182 -4.499 3.5355 -0.002
+        1.763 -4.679 3.5355 -0.003
 
     Source: Wen et al., hyperball optimization (arXiv 2606.16899); AdamH is `hyperball(optax.adam(...), ...)`, and MuonH
     the same with Muon.
@@ -137,8 +148,10 @@ def _held(
             mapped = as_mapped(_NAME, axis_name)
         except ValueError:  # init may run outside of the shard_map or pmap around update, where params are whole
             mapped = UNMAPPED
-        sizes = as_held(grouping.tree(measure(grouping, mapped)))
-        return HyperballState(zeros(types), jax.tree.map(jnp.array, sizes), no_updates())
+        norms = measure(grouping, mapped)
+        norms = jax.tree.map(lambda r, e: r + r * (e / 2), norms, excess(grouping, norms, mapped))
+        # Copies, as no two fields of a state may share an array.
+        return HyperballState(zeros(types), jax.tree.map(jnp.array, as_held(grouping.tree(norms))), no_updates())
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, HyperballState]:
         grouping, mapped = group(_NAME, updates, scope, kind=jnp.inexact), as_mapped(_NAME, axis_name)
@@ -154,9 +167,9 @@ def _held(
         directions = grouping._replace(leaves=list(map(lifted, grouping.leaves)))
         steps = jax.tree.leaves(rescale(directions, norms, lengths))
         moved = grouping._replace(leaves=list(map(_moved, old, steps)))
-        sizes = measure(moved, mapped)
-        targets = jax.tree.map(lambda r, t: jnp.where(t == 0, r, t), sizes, grouping.laid_out(state.param_rms, sizes))
-        new = jax.tree.leaves(rescale(moved, sizes, targets))
+        sphere = moved.laid_out(state.param_rms, counts(moved, mapped))
+        shares = jax.tree.map(_share_to_sphere, excess(moved, sphere, mapped))
+        new = moved.each(lambda v, share: v + times(v, share), shares)
         changes = [_change(q, p, u.dtype) for q, p, u in zip(new, old, grouping.leaves, strict=True)]
         return grouping.treedef.unflatten(changes), HyperballState(rms, state.param_rms, next_update(state.num_updates))
 
@@ -165,6 +178,12 @@ def _held(
 
 def _moved(old: Array, step: Array) -> Array:
     return lax.add(lifted(old), step.astype(lifted(old).dtype))
+
+
+def _share_to_sphere(excess: Array) -> Array:
+    """1/sqrt(1 + excess) - 1: a factor near 1 would be rounded as such."""
+    square = jnp.maximum(1 + excess, 0)
+    return -quotient(excess, square + jnp.sqrt(square))
 
 
 def _change(new: Array, old: Array, dtype: Any) -> Array:

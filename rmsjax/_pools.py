@@ -228,11 +228,11 @@ def _(plan: Plan, primals: Any, tangents: Any) -> tuple[PerPool, PerPool]:
     (leaves,), (given,) = primals, tangents
     found = roots(plan, leaves)
     moving = {i: t for i, t in enumerate(given) if not isinstance(t, SymbolicZero)}
-    return found, _along(plan, leaves, found, moving)
+    return found, along_roots(plan, leaves, found, moving)
 
 
 @partial(recomputed, static_argnums=(0,))
-def _along(plan: Plan, leaves: Sequence[Array], found: PerPool, moving: dict[int, Array]) -> PerPool:
+def along_roots(plan: Plan, leaves: Sequence[Array], found: PerPool, moving: dict[int, Array]) -> PerPool:
     """The derivative of `roots` along the tangents in `moving`: mean(Re(conj(x/rho) dx)), linear in dx."""
     leaves, found = cpu_barrier((leaves, found))
 
@@ -259,6 +259,22 @@ def _added(terms: Sequence[Array], like: Array) -> Array:
     if len(terms) < 2:
         return terms[0] if terms else jnp.zeros_like(like)
     return jnp.sum(hold(jnp.stack(terms)), 0)
+
+
+def excess(plan: Plan, leaves: Sequence[Array], near: PerPool) -> PerPool:
+    """mean(|x|^2)/rho^2 - 1 of each pool, for a rho that is near its norm; 0 where rho is 0.
+
+    As mean(Re(conj(x - rho) (x + rho)))/rho^2: what is added up is of both signs, and its rounding is in proportion to
+    the small result. So it tells the norm from rho to more digits than a norm has.
+    """
+    less, more = (of_leaves(plan.pools, partial(_added_to, sign=sign), leaves, near) for sign in (-1, 1))
+    along = along_roots(plan, less, near, dict(enumerate(more)))
+    return jax.tree.map(lambda a, rho: a * (four_over(rho) / 4), along, near)
+
+
+def _added_to(x: Array, rho: Array, sign: int) -> Array:
+    wide = lift(x, rho.dtype)
+    return wide + (sign * rho).astype(wide.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ rescaling
@@ -298,7 +314,7 @@ def rescale(pools: tuple[Pool, ...], leaves: Sequence[Array], roots: PerPool, ta
     Where target = root a leaf comes back as it was, else where root = 0 as zeros. A root that is NaN or inf makes all
     of its pool non-finite or zero, so that nothing hides it.
     """
-    return _of_leaves(pools, _scaled, leaves, *_factors(roots, targets))
+    return of_leaves(pools, _scaled, leaves, *_factors(roots, targets))
 
 
 def _factors(roots: PerPool, targets: PerPool) -> tuple[PerPool, PerPool]:
@@ -320,7 +336,7 @@ def _scaled(x: Array, a: Array, b: Array) -> Array:
     return jnp.where(b == 1, x, product) if b.ndim == 0 else product
 
 
-def _of_leaves(
+def of_leaves(
     pools: tuple[Pool, ...], f: Callable[..., Array], leaves: Sequence[Array], *of_pools: PerPool
 ) -> list[Array]:
     """f(leaf, entries of its pool) of each leaf."""
@@ -345,7 +361,7 @@ def _(pools: tuple[Pool, ...], primals: Any, tangents: Any) -> tuple[list[Array]
     def moved(x: Array, root: Array, over: Array, by: Array) -> Array:
         return times(divide4(lift(x, root.dtype), root, over), by).astype(x.dtype)
 
-    straight = _of_leaves(pools, _product, dleaves, *factors)
+    straight = of_leaves(pools, _product, dleaves, *factors)
     over, by = jax.tree.map(four_over, roots), jax.tree.map(change, *factors, droots, dtargets)
-    aside = _of_leaves(pools, moved, leaves, roots, over, by)
+    aside = of_leaves(pools, moved, leaves, roots, over, by)
     return rescale(pools, leaves, roots, targets), jax.tree.map(jnp.add, straight, aside)

@@ -53,6 +53,10 @@ class Grouping(NamedTuple):
         """All leaves in one pool."""
         return self._replace(pools=(Pool(tuple(range(len(self.leaves)))),), is_global=True)
 
+    def each(self, f: Callable[..., Array], *of_pools: PerPool) -> list[Array]:
+        """f(leaf, entries of its pool) of each leaf."""
+        return _pools.of_leaves(self.pools, f, self.leaves, *of_pools)
+
     def laid_out(self, values: Any, like: PerPool) -> PerPool:
         """Numbers in the layout and the dtypes of others: what `tree` has made, or norms of other leaves, of any dtype.
 
@@ -61,7 +65,7 @@ class Grouping(NamedTuple):
         if isinstance(values, PerPool):
             entries = values.entries(self.pools)
         else:
-            of_leaves = [values] if self.is_global else self.bare.flatten_up_to(values)
+            of_leaves = self.bare.flatten_up_to(values) if self.pools and not self.is_global else [values]
             entries = [of_leaves[0 if self.is_global else pool.members[0]] for pool in self.pools]
 
         def of_place(old: Array, place: tuple[int, ...]) -> Array:
@@ -161,6 +165,11 @@ def measure(grouping: Grouping, mapped: Mapped) -> PerPool:
 @partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _measure(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped) -> PerPool:
     return _pools.roots(_pools.make_plan(leaves, pools, mapped), leaves)
+
+
+def excess(grouping: Grouping, near: PerPool, mapped: Mapped) -> PerPool:
+    """By what share the mean square of each pool is above the square of a number near its norm; see `_pools.excess`."""
+    return _pools.excess(_pools.make_plan(grouping.leaves, grouping.pools, mapped), grouping.leaves, near)
 
 
 def counts(grouping: Grouping, mapped: Mapped) -> PerPool:

@@ -30,15 +30,28 @@ class Element(NamedTuple):
         return self.factory(**{self.hyper: self.values[0]}, scope=scope)
 
 
+def clip_by_history(factor, scope="block", axis_name=None):
+    """Of which the first update is the warm-up, so that it clips in a few steps, and has no bound of all leaves."""
+    return rmsjax.clip_by_history(factor, scope, decay=0.5, warmup_steps=1, warmup_max_norm=None, axis_name=axis_name)
+
+
+def hyperball(learning_rate, scope="block", axis_name=None):
+    """Of all leaves, vectors as well."""
+    inner, everything = optax.scale(-1.0), partial(jax.tree.map, lambda _: True)
+    return rmsjax.hyperball(inner, learning_rate, everything, scope=scope, axis_name=axis_name)
+
+
 ELEMENTS = {
     element.factory.__name__: element
     for element in (
         Element(rmsjax.clip_by_rms, "max_rms", (0.5, 0.25, 2.0, 1.0)),
         Element(rmsjax.clip_by_relative_rms, "max_ratio", (0.5, 0.25, 2.0, 1.0)),
+        Element(clip_by_history, "factor", (1.5, 1.25, 2.0, 1.0)),
         Element(rmsjax.normalize_by_rms, "target", (0.5, 0.25, 2.0, 1.0)),
         Element(rmsjax.record_rms, "ema_decay", (0.5, 0.25, 0.75, 0.0)),
         Element(rmsjax.scale_by_stable_adam, "b1", (0.5, 0.25, 0.75, 0.0)),
         Element(rmsjax.stable_adamw, "learning_rate", (0.5, 0.25, 2.0, 1.0)),
+        Element(hyperball, "learning_rate", (0.5, 0.25, 2.0, 1.0)),
     )
 }
 

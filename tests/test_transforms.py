@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 import rmsjax
-from rmsjax import _clips, _stable_adam, penalties, report, transforms
+from rmsjax import _clips, _hyperball, _stable_adam, penalties, report, transforms
 from tests import optax_suite, stable_adamw
 from tests.optax_suite import ELEMENTS, GRADS, PARAMS, at, scanned
 
@@ -58,30 +58,47 @@ def test_composes_under_jit(name):
 
 # --------------------------------------------------------------------------------------------------------------- values
 #
-# What each transformation does to one leaf (scope "block"), in NumPy and a type whose range and precision suffice.
+# What each transformation does to one leaf (scope "block") after the last of some gradients, for parameters that were
+# `start` at init, in NumPy and a type whose range and precision suffice.
 
 
 def root_mean_square(x):
     return np.sqrt(np.mean(np.abs(x) ** 2))
 
 
-def oracle_clip(grads, params):
+def oracle_clip(grads, params, start):
     return grads[-1] * min(1, 0.5 / root_mean_square(grads[-1]))
 
 
-def oracle_relative(grads, params):
+def oracle_relative(grads, params, start):
     return grads[-1] * min(1, 0.5 * max(root_mean_square(params), 1e-3) / root_mean_square(grads[-1]))
 
 
-def oracle_normalize(grads, params):
+def oracle_normalize(grads, params, start):
     return grads[-1] * 0.5 / root_mean_square(grads[-1])
 
 
-def oracle_record(grads, params):
+def oracle_record(grads, params, start):
     return grads[-1]
 
 
-def oracle_stable(grads, params, b1=0.5, b2=0.99, eps=1e-6, weight_decay=0.0):
+def oracle_history(grads, params, start):
+    history, clipped = None, None
+    for g in grads:
+        norm = root_mean_square(g)
+        bound = norm if history is None else 1.5 * history
+        clipped = g * min(1, bound / norm)
+        history = bound if history is None else history / 2 + min(norm, bound) / 2
+    return clipped
+
+
+def oracle_hyperball(grads, params, start):
+    radius = root_mean_square(start)
+    moved = params - 0.5 * radius * grads[-1] / root_mean_square(grads[-1])
+    return moved * radius / root_mean_square(moved) - params
+
+
+def oracle_stable(grads, params, start, b1=0.5, b2=0.99, eps=1e-6, weight_decay=0.0):
     """Algorithm 2 of arXiv 2304.13013 as it is written there; the step without the learning rate."""
     m, v = np.zeros_like(grads[0]), np.zeros_like(np.abs(grads[0]))
     for t, g in enumerate(grads, 1):
@@ -92,17 +109,19 @@ def oracle_stable(grads, params, b1=0.5, b2=0.99, eps=1e-6, weight_decay=0.0):
     return step / max(1, root_mean_square(grads[-1] / np.sqrt(np.maximum(v, eps**2))))
 
 
-def oracle_adamw(grads, params):
-    return -0.5 * oracle_stable(grads, params, b1=0.9, weight_decay=1e-2)
+def oracle_adamw(grads, params, start):
+    return -0.5 * oracle_stable(grads, params, start, b1=0.9, weight_decay=1e-2)
 
 
 ORACLES = {
     "clip_by_rms": oracle_clip,
     "clip_by_relative_rms": oracle_relative,
+    "clip_by_history": oracle_history,
     "normalize_by_rms": oracle_normalize,
     "record_rms": oracle_record,
     "scale_by_stable_adam": oracle_stable,
     "stable_adamw": oracle_adamw,
+    "hyperball": oracle_hyperball,
 }
 # dtypes with their precision, and factors that take squares out of their range (but for 1).
 DTYPES = {
@@ -134,7 +153,7 @@ def test_values(name, dtype, request):
         got, state = run(tx, params, *grads)
         assert got.dtype == dtype
         wide = np.complex128 if dtype == "complex64" else np.longdouble
-        expected = ORACLES[name]([np.asarray(g, wide) for g in grads], np.asarray(params, wide))
+        expected = ORACLES[name]([np.asarray(g, wide) for g in grads], *[np.asarray(params, wide)] * 2)
         np.testing.assert_allclose(np.asarray(got, wide), expected, rtol, rtol * np.abs(expected).max())
         if hasattr(state, "rms"):
             np.testing.assert_allclose(state.rms, root_mean_square(np.asarray(grads[-1], wide)), 1e-6)
@@ -181,7 +200,7 @@ def test_derivatives(name):
 
     def oracle(h):
         trees = zip(*map(pooled, (first, grads, dgrads, PARAMS, dparams, weights)), strict=True)
-        return sum(np.vdot(w, ORACLES[name]([f, g + h * dg], p + h * dp)) for f, g, dg, p, dp, w in trees)
+        return sum(np.vdot(w, ORACLES[name]([f, g + h * dg], p + h * dp, p)) for f, g, dg, p, dp, w in trees)
 
     np.testing.assert_allclose(got, (oracle(1e-5) - oracle(-1e-5)) / 2e-5, rtol=1e-4)
 
@@ -345,7 +364,7 @@ def each_by_itself(path, leaf):
 )
 def test_axis_name_gives_what_one_device_gives(name, scope, check_vma):
     """Where JAX does not track what varies, copies of a leaf may not share a pool with what is split."""
-    make = partial(ELEMENTS[name].factory, **{ELEMENTS[name].hyper: 0.5}, scope=scope)
+    make = partial(ELEMENTS[name].factory, **{ELEMENTS[name].hyper: ELEMENTS[name].values[0]}, scope=scope)
     tx, grads = make(), at(jax.tree.map(lambda p: 3 * np.asarray(p)[None, ::-1], LAID), 0)
     state = tx.update(LAID, tx.init(LAID), LAID)[1]
     states = optax.tree_map_params(tx, lambda _, spec: spec, state, LAYOUTS, transform_non_params=lambda _: P())
@@ -365,7 +384,9 @@ def test_scans_of_replicas_under_shard_map(name, axis_name):
     """Each replica with its own norms, or all with one: either way the types of the state stay."""
     mesh, params = mesh_of(jax.sharding.AxisType.Auto, x=8), {"a": jnp.ones((8, 4, 3)), "b": jnp.ones((8, 2))}
     for scope in ("global", "block", -1, lambda path, leaf: "one"):
-        tx = ELEMENTS[name].factory(**{ELEMENTS[name].hyper: 0.5}, scope=scope, axis_name=axis_name)
+        tx = ELEMENTS[name].factory(
+            **{ELEMENTS[name].hyper: ELEMENTS[name].values[0]}, scope=scope, axis_name=axis_name
+        )
         train = jax.shard_map(lambda p, tx=tx: scanned(tx, p)[0], mesh=mesh, in_specs=P("x"), out_specs=P("x"))
         jax.eval_shape(train, params)
 
@@ -472,7 +493,7 @@ def test_norms_in_a_state_count_as_no_parameters(name, scope):
 
 def test_every_state_says_what_its_norms_are():
     states = [getattr(rmsjax, name) for name in dir(rmsjax) if name.endswith("State")]
-    assert len(states) == 5
+    assert len(states) == 7
     for state in states:
         assert state.norm_fields
         assert set(state.norm_fields) <= set(state._fields)
@@ -790,8 +811,9 @@ def test_b2_near_one_is_not_rounded():
 @pytest.mark.parametrize("name", DISTINCT)
 def test_steps_export(name, scope):
     """init and update through bytes and back, with their states as they are; another process has the same names."""
-    with contextlib.suppress(ValueError):  # in another test already
-        jax.export.register_namedtuple_serialization(optax.EmptyState, serialized_name="optax.EmptyState")
+    for state in optax.EmptyState, optax.MaskedState, optax.ScaleState:
+        with contextlib.suppress(ValueError):  # in another test already
+            jax.export.register_namedtuple_serialization(state, serialized_name=f"optax.{state.__name__}")
     tx = ELEMENTS[name].make(scope)
 
     def exported(f, *args):
@@ -876,7 +898,9 @@ def test_a_known_number_may_be_of_any_kind(use):
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_injected_arrays_under_jit(name):
     """`inject_hyperparams` calls the factory within init and update, there with what is traced."""
-    hyper = {ELEMENTS[name].hyper: jnp.float32(0.25)} | ({"b2": jnp.float32(0.75)} if "stable" in name else {})
+    hyper = {ELEMENTS[name].hyper: jnp.float32(ELEMENTS[name].values[1])} | (
+        {"b2": jnp.float32(0.75)} if "stable" in name else {}
+    )
     tx = optax.inject_hyperparams(ELEMENTS[name].factory)(**hyper)
     state = jax.jit(tx.init)(PARAMS)
     updates, state = jax.jit(tx.update)(at(GRADS, 1), state, PARAMS)
@@ -936,9 +960,15 @@ def test_bad_trees_and_scopes(name):
     with pytest.raises(ValueError, match=rf"{function}: scope axis 1 is out of range .*\(leaf 'b'\)"):
         ELEMENTS[name].make(1).init({"b": jnp.ones(3)})
     with pytest.raises(ValueError, match=f"{function}: axis_name 'x' is not bound"):
-        run(ELEMENTS[name].factory(**{ELEMENTS[name].hyper: 0.5}, axis_name="x"), jnp.ones(3), jnp.ones(3))
+        run(
+            ELEMENTS[name].factory(**{ELEMENTS[name].hyper: ELEMENTS[name].values[0]}, axis_name="x"),
+            jnp.ones(3),
+            jnp.ones(3),
+        )
     with pytest.raises(TypeError, match=r"under optax\.inject_hyperparams name it in static_args"):
-        optax.inject_hyperparams(ELEMENTS[name].factory)(**{ELEMENTS[name].hyper: 0.5}, scope=0).init(jnp.ones(3))
+        optax.inject_hyperparams(ELEMENTS[name].factory)(
+            **{ELEMENTS[name].hyper: ELEMENTS[name].values[0]}, scope=0
+        ).init(jnp.ones(3))
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
@@ -953,14 +983,14 @@ def test_updates_of_another_structure_than_at_init(name):
         jax.eval_shape(tx.update, updates, tx.init(given), updates)
 
 
-@pytest.mark.parametrize("name", ["clip_by_relative_rms", "stable_adamw"])
+@pytest.mark.parametrize("name", ["clip_by_relative_rms", "stable_adamw", "hyperball"])
 def test_missing_params(name):
     tx = ELEMENTS[name].make("block")
     with pytest.raises(ValueError, match=r"update needs the parameters: call tx.update\(updates, state, params\)"):
         tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
 
 
-@pytest.mark.parametrize("name", ["clip_by_relative_rms", "stable_adamw"])
+@pytest.mark.parametrize("name", ["clip_by_relative_rms", "stable_adamw", "hyperball"])
 def test_params_that_do_not_fit_the_updates(name):
     tx, grads = ELEMENTS[name].make("block"), {"a": jnp.ones(3), "b": jnp.ones(2)}
     for params, error, message in (
@@ -988,7 +1018,7 @@ def test_params_that_do_not_fit_the_updates(name):
             jax.eval_shape(lambda params=params: tx.update(grads, tx.init(grads), params))
 
 
-@pytest.mark.parametrize("name", ["clip_by_relative_rms", "stable_adamw"])
+@pytest.mark.parametrize("name", ["clip_by_relative_rms", "stable_adamw", "hyperball"])
 def test_params_may_be_a_whole_model(name):
     """As in optax and Equinox: what has None for its update is no parameter."""
     tx, params = ELEMENTS[name].make("block"), {"a": jnp.full(3, 4.0), "b": None, "c": None}
@@ -1011,7 +1041,7 @@ def test_a_learning_rate_has_its_sign_however_it_is_given():
         close(run(tx, params, params)[0], expected)
 
 
-@pytest.mark.parametrize("module", [_clips, _stable_adam, transforms, penalties, report])
+@pytest.mark.parametrize("module", [_clips, _hyperball, _stable_adam, transforms, penalties, report])
 def test_all_that_is_public_is_named_as_such(module):
     own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     assert {name for name in own if not name.startswith("_")} == set(module.__all__)
