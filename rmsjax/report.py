@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from rmsjax._by_path import Layers, Named, Stacked, interleaved, named_norms
+from rmsjax._by_path import Layers, Stacked, interleaved, named_norms
 from rmsjax._text import text_table
 from rmsjax._tree import Scope, is_state, leaf_paths
 
@@ -98,11 +98,13 @@ def rms_report(
     order: Literal["tree", "worst"] = "tree",
     sep: str = "/",
     stacked: Stacked = (),
+    params: PyTree | None = None,
 ) -> RMSReport:
     """A readable table of the RMS norms in a tree, or of those that an optimizer's state has recorded.
 
     Args:
-        tree: parameters, gradients, an `nnx.State`: its leaves are measured. If it holds states of rmsjax's
+        tree: parameters, gradients, an `nnx.State`: its leaves are measured, and the share that each has in the square
+            of the norm of the whole says which of them makes that large. If it holds states of rmsjax's
             transformations, such as the state of an optax chain, what these recorded is shown instead, with the share
             of updates that were clipped; scope then has no say.
         scope: as in `tree_rms`. Of a leaf with several norms the table shows the least and the largest.
@@ -113,6 +115,7 @@ def rms_report(
         sep: what separates the parts of a path.
         stacked: the path of what holds stacked layers, as in `rms_by_path`: each layer has a line of its own, also of
             norms that were recorded for each layer. Of these it is the path of the parameters, without that of a state.
+        params: the parameters, or their shapes, that recorded norms belong to. These then have their shares as well.
 
     Returns:
         A sequence of lines (path, shape, dtype, rms, share, clipped) that prints as a table, in a notebook as HTML.
@@ -138,7 +141,7 @@ def rms_report(
         raise ValueError(f"rms_report: order must be 'tree' or 'worst', got {order!r}")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError("rms_report: the tree must have values, not tracers; under jit use rms_by_path")
-    alike = [*_recorded(tree, sep, stacked)] or [[*_measured(tree, scope, sep, stacked)]]
+    alike = [*_recorded(tree, sep, stacked, params)] or [[*_measured(tree, scope, sep, stacked)]]
     ranked = [(badness, row) for rows in alike for badness, row in zip(_badness(rows), rows, strict=True)]
     if order == "worst":
         ranked.sort(key=lambda entry: entry[0], reverse=True)
@@ -147,48 +150,59 @@ def rms_report(
 
 def _measured(tree: PyTree, scope: Scope, sep: str, stacked: Stacked) -> Iterator[RMSRow]:
     norms = [*named_norms("rms_report", tree, scope, sep, stacked)]
-    for (path, norm, count, leaf), share in zip(norms, _shares(norms), strict=True):
+    shares = _shares([(_flat(named.norm), named.count) for named in norms])
+    for (path, norm, count, leaf), share in zip(norms, shares, strict=True):
         known = (None, None) if leaf is None else (leaf.shape, str(leaf.dtype))
         yield RMSRow(path, *known, _flat(norm if count else ()), share=share)
 
 
-def _shares(norms: Sequence[Named]) -> list[float]:
-    """The share of each in the square of all, from norms in units of the largest: squares may overflow."""
-    largest = max((float(np.max(named.norm)) for named in norms if named.count), default=0.0) or 1.0
+def _shares(norms: Sequence[tuple[np.ndarray[Any, Any], int]]) -> list[float]:
+    """The share of each in the square of all, from norms in units of the largest, since squares may overflow.
+
+    With each norm, or norms, comes the number of elements.
+    """
+    largest = max((float(np.max(norm)) for norm, count in norms if count), default=0.0) or 1.0
     with np.errstate(invalid="ignore"):  # inf/inf
-        parts = [named.count and named.count * np.mean(np.square(_flat(named.norm) / largest)) for named in norms]
+        parts = [count and count * float(np.mean(np.square(norm / largest))) for norm, count in norms]
     total = math.fsum(parts) or 1.0
-    return [float(part / total) for part in parts]
+    return [part / total for part in parts]
 
 
-def _recorded(tree: PyTree, sep: str, stacked: Stacked) -> Iterator[list[RMSRow]]:
+def _recorded(tree: PyTree, sep: str, stacked: Stacked, params: PyTree) -> Iterator[list[RMSRow]]:
     """What the states in a tree have recorded, field by field; a path leads to the state, the field and the leaf."""
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_state)[0]
     states = [(jax.tree_util.keystr(path, simple=True, separator=sep), node) for path, node in nodes if is_state(node)]
     fields = [(prefix, state, field) for prefix, state in states for field in state.norm_fields]
     paths = [path for _, state, field in fields for path in leaf_paths(getattr(state, field), sep)]
     layers = Layers("rms_report", stacked if fields else (), sep, paths)
+    sizes = dict(zip(leaf_paths(params, sep), map(np.size, jax.tree.leaves(params)), strict=True))
     for prefix, state, field in fields:
-        norms = getattr(state, field)
-        shares = jax.tree.leaves(getattr(state, "share_clipped", None)) if field == state.norm_fields[0] else []
-        lines = itertools.zip_longest(leaf_paths(norms, sep), jax.tree.leaves(norms), shares)
-        by_stack = [_by_layer(layers, *line) for line in lines]
+        norms, is_first = getattr(state, field), field == state.norm_fields[0]
+        clipped = jax.tree.leaves(getattr(state, "share_clipped", None)) if is_first else []
+        lines = itertools.zip_longest(leaf_paths(norms, sep), jax.tree.leaves(norms), clipped)
+        rows = [*interleaved(_by_layer(layers, *line, sizes) for line in lines)]
+        known = is_first and all(count is not None for *_, count in rows)
+        shares = _shares([(norm, count or 0) for _, norm, _, count in rows]) if known else [None] * len(rows)
         yield [
-            RMSRow(sep.join(filter(None, (prefix, field, path))), None, None, norm, clipped)
-            for path, norm, clipped in interleaved(by_stack)
+            RMSRow(sep.join(filter(None, (prefix, field, path))), None, None, norm, share_clipped, share)
+            for (path, norm, share_clipped, _), share in zip(rows, shares, strict=True)
         ]
 
 
-def _by_layer(layers: Layers, path: str, norm: Any, clipped: Any) -> tuple[str | None, list[tuple[str, Any, Any]]]:
-    """The path, norms and shares of a leaf, or of each of its layers, and the stack that these are in."""
+def _by_layer(
+    layers: Layers, path: str, norm: Any, clipped: Any, sizes: Mapping[str, int]
+) -> tuple[str | None, list[tuple[str, Any, Any, int | None]]]:
+    """The stack that a leaf is in, if any; and path, norms, shares clipped and size of the leaf, or of its layers."""
     stack = layers.prefix(path) if jnp.ndim(norm) else None  # one number is that of all layers together
+    size = sizes.get(path)
     if stack is None:
-        return None, [(path, _flat(norm), None if clipped is None else _flat(clipped))]
+        return None, [(path, _flat(norm), None if clipped is None else _flat(clipped), size)]
     axis = layers.axis(path, norm.shape)
     names = [layers.name(path, k) for k in range(norm.shape[axis])]
     norms = map(_flat, np.moveaxis(np.asarray(norm), axis, 0))
     shares = [None] * len(names) if clipped is None else map(_flat, np.moveaxis(np.asarray(clipped), axis, 0))
-    return stack, [*zip(names, norms, shares, strict=True)]
+    each = itertools.repeat(None if size is None else size // max(1, len(names)), len(names))
+    return stack, [*zip(names, norms, shares, each, strict=True)]
 
 
 def _flat(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -52,9 +52,9 @@ class NormalizeByRMSState(NamedTuple):
 class RecordRMSState(NamedTuple):
     """What `record_rms` has seen.
 
-    `rms`: the norm of the newest updates, as `tree_rms(updates, scope)` gives it. `ema_rms`, `min_rms`, `max_rms`: its
-    moving average and the least and the largest so far, None without `ema_decay`. `param_rms`: the norm of the
-    parameters, and `ratio`: rms over it; None without `relative`. `num_updates`: how many updates were seen.
+    `rms`: the norm of the newest updates, as `tree_rms(updates, scope)` gives it. `param_rms`: the norm of the
+    parameters, and `ratio`: rms over it; None without `relative`. `ema_rms`: the moving average of rms, None without
+    `ema_decay`. `num_updates`: how many updates were seen.
 
     Example:
         >>> import jax.numpy as jnp, rmsjax
@@ -62,18 +62,16 @@ class RecordRMSState(NamedTuple):
         >>> state = tx.init(jnp.zeros(2))
         >>> for size in (1.0, 4.0):
         ...     _, state = tx.update(jnp.full(2, size), state)
-        >>> print(state.rms, state.ema_rms, state.min_rms, state.max_rms, state.num_updates)  # (0.5 * 1 + 4) / 1.5
-        4.0 3.0 1.0 4.0 2
+        >>> print(state.rms, state.ema_rms, state.num_updates)  # (0.5 * 1 + 4) / 1.5
+        4.0 3.0 2
     """
 
     rms: Any
     param_rms: Any
     ema_rms: Any
-    min_rms: Any
-    max_rms: Any
     num_updates: Array
 
-    norm_fields = ("rms", "param_rms", "ratio", "ema_rms", "min_rms", "max_rms")
+    norm_fields = ("rms", "param_rms", "ratio", "ema_rms")
 
     @property
     def ratio(self) -> Any:
@@ -170,13 +168,13 @@ def record_rms(
     changes each tensor.
 
     The moving average counts from the first update without a bias towards zero. As in `optax.ema`, one update that is
-    not finite makes it NaN or infinite for good, and the extremes as well: where batches may break, put the optimizer
-    in `optax.apply_if_finite`, whose skipped steps it then does not see.
+    not finite makes it NaN or infinite for good: where batches may break, put the optimizer in
+    `optax.apply_if_finite`, whose skipped steps it then does not see.
 
     Args:
         scope: what shares a norm, see `rmsjax.tree_rms`. Under `optax.inject_hyperparams` name it in
             static_args=("scope",), or else a callable is taken for a schedule.
-        ema_decay: also keep the exponential moving average of the norm with this decay, in [0, 1), and its extremes.
+        ema_decay: also keep the exponential moving average of the norm with this decay, in [0, 1).
         relative: also keep the norm of the parameters, pooled as the updates are; its update then needs `params`.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
 
@@ -220,23 +218,18 @@ def record_rms(
     def init_fn(params: PyTree) -> RecordRMSState:
         norms = norm_types(name, params, scope, axis_name)
         of_params = zeros(norms) if relative else None
-        averages = (None, None, None) if ema_decay is None else (zeros(norms), zeros(norms), zeros(norms))
-        return RecordRMSState(zeros(norms), of_params, *averages, no_updates())
+        return RecordRMSState(zeros(norms), of_params, None if ema_decay is None else zeros(norms), no_updates())
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, RecordRMSState]:
         grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
         norms = kept(name, state.rms, grouping, measure(grouping, mapped))
-        step, of_params, averages = next_update(state.num_updates), None, (None, None, None)
+        step, of_params, average = next_update(state.num_updates), None, None
         if relative:
             given = grouping._replace(leaves=jax.tree.leaves(params_of(name, updates, params)))
             of_params = kept(name, state.param_rms, grouping, measure(given, mapped))
         if ema_decay is not None:
-            averages = (
-                jax.tree.map(lambda a, r: averaged(a, r, ema_decay, step), state.ema_rms, norms),
-                jax.tree.map(lambda a, r: jnp.where(step > 1, jnp.minimum(a, r), r), state.min_rms, norms),
-                jax.tree.map(lambda a, r: jnp.where(step > 1, jnp.maximum(a, r), r), state.max_rms, norms),
-            )
-        return updates, RecordRMSState(norms, of_params, *averages, step)
+            average = jax.tree.map(lambda a, r: averaged(a, r, ema_decay, step), state.ema_rms, norms)
+        return updates, RecordRMSState(norms, of_params, average, step)
 
     return optax.GradientTransformation(init_fn, update_fn)
 

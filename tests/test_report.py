@@ -75,7 +75,7 @@ def test_worst_first_compares_what_is_alike():
 
     unclipped = dict.fromkeys("abc", np.int32(0))
     state = (
-        RecordRMSState(tree(1, 1.1, 1), None, None, None, None, np.int32(1)),
+        RecordRMSState(tree(1, 1.1, 1), None, None, np.int32(1)),
         ClipByRelativeRMSState(tree(1e-5, 1e-5, 3e-5), tree(2e3, 1e3, 1e3), np.int32(1), unclipped),
     )
     worst = [row.path for row in rms_report(state, order="worst")[:3]]
@@ -172,6 +172,29 @@ def test_stacked_layers_in_a_state():
     }  # fmt: skip
 
 
+def test_shares_in_a_state():
+    """Of what came in, if the parameters are there to say how large each leaf is; those of a layer as of any leaf."""
+    tree = {"blocks": {"w": jnp.arange(1.0, 3)[:, None, None] * jnp.ones((2, 4, 3))}, "head": jnp.full(6, 3.0)}
+    tx = optax.chain(
+        optax.masked(
+            record_rms(lambda path, leaf: (1, 2) if leaf.ndim == 3 else "block"), {"blocks": True, "head": True}
+        ),
+        clip_by_rms(1.0),
+        record_rms(relative=True),
+    )
+    _, state = tx.update(tree, tx.init(tree), tree)
+    assert all(row.share is None for row in rms_report(state))
+    shapes = jax.eval_shape(lambda: tree)
+    shares = {row.path: row.share for row in rms_report(state, stacked="blocks", params=shapes)}
+    assert {path: share for path, share in shares.items() if share is not None} == {
+        "0/inner_state/rms/blocks/0/w": pytest.approx(12 / 114),
+        "0/inner_state/rms/blocks/1/w": pytest.approx(48 / 114),
+        "0/inner_state/rms/head": pytest.approx(54 / 114),
+        "2/rms/blocks/w": pytest.approx(60 / 114),
+        "2/rms/head": pytest.approx(54 / 114),
+    }
+
+
 def test_states_of_a_chain():
     tx = optax.named_chain(
         ("clip", clip_by_rms(1.0, "block")),
@@ -185,8 +208,8 @@ def test_states_of_a_chain():
         _, state = update(jax.tree.map(lambda p, s=scale: np.float32(s * p), params), state, params)
     report = rms_report(state)
     assert [row.path for row in report] == [
-        "clip/rms/b", "clip/rms/w", "record/rms", "record/ema_rms", "record/min_rms", "record/max_rms",
-        "adam/0/ratio_rms/b", "adam/0/ratio_rms/w", "rest/0/rms/b", "rest/0/rms/w", "rest/1/rms", "rest/1/param_rms",
+        "clip/rms/b", "clip/rms/w", "record/rms", "record/ema_rms", "adam/0/ratio_rms/b", "adam/0/ratio_rms/w",
+        "rest/0/rms/b", "rest/0/rms/w", "rest/1/rms", "rest/1/param_rms",
     ]  # fmt: skip
     assert repr(report[:3]).splitlines() == [
         "path        rms  clipped",
