@@ -15,14 +15,29 @@ rotation-invariant norm of which that is true. So one number means the same in a
   `rmsjax.linen.RMSNorm`; they take the place of Flax's.
 - **Trees** of arrays, such as parameters or gradients: `tree_rms` gives norms as a tree, `rms_by_path` as a dict for a
   logger, `rms_report` as a table to read. `rms_penalty` is a regulariser.
-- **optax**: `clip_by_rms` bounds updates, `clip_by_relative_rms` by the size of their parameters, `normalize_by_rms`
-  sets their norm, `record_rms` lets them pass. `stable_adamw` is AdamW with update clipping. All keep what they saw in
-  their state, and `rms_states` finds it there.
+- **optax**: clips and optimizers that keep training steady, see the table below. All keep what they saw in their state,
+  and `rms_states` finds it there.
 - **Widths**: `coord_check` trains a model at several widths and says which layers grow or shrink with the width;
   `compare_widths` measures models as they are. Both give a `WidthRecord`, which `rmsjax.plot` draws.
 - **Inside a model**: `activation_rms` and `gradient_rms` measure every activation of an unchanged Flax model;
   `rmsjax.probe` does it for any function. `rms_operator_norm` tells how much a kernel can stretch the norm.
 - **Why this norm**: `rmsjax.geometry` has the theorems as functions, `rmsjax.testing` as assertions for your own code.
+
+## Which transformation to take
+
+| if you want | take |
+|---|---|
+| the clip that you have, with an optax bound | `clip_by_global_norm(1.0)` |
+| a bound that carries over from one width and number of parameters to another | `clip_by_rms(1e-2)` |
+| no bound to find, and broken batches that do no harm | `clip_by_history()`, with a warm-up |
+| no tensor to change by more than a share of its size in a step | `clip_by_relative_rms(0.1)` |
+| AdamW without loss spikes, and nothing to tune | `stable_adamw(1e-3)` in place of `optax.adamw` |
+| weights that keep their size, without weight decay | `hyperball(optax.adam(1e-3), 1e-2)`, around any optimizer |
+| all tensors to take steps of one size, as after Muon | `normalize_by_rms(0.2)` |
+| to see the norms and change nothing | `record_rms()` |
+
+Against a broken batch, put a clip before the optimizer, whose averages would remember it. What is not finite no clip
+hides: `optax.apply_if_finite` around all leaves such steps out.
 
 ## Scope: which elements share a norm
 

@@ -35,7 +35,7 @@ def described(value: Any) -> str:
         return f"the class {value.__name__}"
     if inspect.isroutine(value):
         with contextlib.suppress(TypeError, ValueError):  # some builtins have no signature
-            return f"the function {value.__name__}{inspect.signature(value)}"
+            return f"the function {value.__name__}{inspect.signature(value)!s:.80}"
     if isinstance(value, (str, bytes, numbers.Number, np.generic)) or type(value) in (list, tuple) or value is None:
         return " ".join(f"{value!r:.80}".split())
     kind = f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"

@@ -329,7 +329,7 @@ def clip_by_history(
     scope: Scope = "block",
     *,
     decay: float | Array = 0.98,
-    warmup_steps: float | Array = 100,
+    warmup_steps: int | Array = 100,
     warmup_max_norm: float | Array | None = 1.0,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformation:
@@ -405,18 +405,22 @@ def clip_by_history(
         grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
         norms = measure(grouping, mapped)
         rms = kept(name, state.rms, grouping, norms)  # which says so if the updates do not fit the state
-        is_finite = jax.tree.map(jnp.isfinite, norms)
-        history = grouping.laid_out(state.ema_rms, norms)
+        every = grouping.merged(norms, norms)
+        is_finite = jax.tree.map(jnp.isfinite, every)
+        history = grouping.laid_out(state.ema_rms, every)
         is_early = state.num_updates < jnp.asarray(warmup_steps).astype(state.num_updates.dtype)
         is_warmup = jax.tree.map(lambda a: is_early | (a == 0), history)
         share = 1 if warmup_max_norm is None else _share_within(warmup_max_norm, grouping, mapped, norms)
-        bounds = jax.tree.map(
-            lambda r, a, w: jnp.where(w, r * share, jnp.asarray(factor, a.dtype) * a), norms, history, is_warmup
-        )
+
+        def bound(norm: Array, history: Array, is_warmup: Array, is_finite: Array) -> Array:
+            most = jnp.where(is_warmup, norm * share, jnp.asarray(factor, norm.dtype) * history)
+            return jnp.where(is_finite, most, norm)  # which is not clipped then
+
+        bounds = jax.tree.map(bound, every, history, is_warmup, is_finite)
+        history = jax.tree.map(next_history, history, every, bounds, is_warmup, is_finite)
+        # Behind barriers, or XLA:CPU would compute them again for each leaf.
+        bounds, history = (hold(grouping.split(values, norms)) for values in hold((bounds, history)))
         updates, clipped = _clip(grouping, norms, bounds)
-        clipped = jax.tree.map(jnp.logical_and, clipped, is_finite)
-        # Behind a barrier, or XLA:CPU would compute it again for each leaf of the state.
-        history = hold(jax.tree.map(next_history, history, norms, bounds, is_warmup, is_finite))
         broken = jnp.logical_not(reduce(jnp.logical_and, map(jnp.all, is_finite.values), True))
         return updates, ClipByHistoryState(
             rms=rms,
@@ -442,11 +446,11 @@ def _share_within(max_norm: Any, grouping: Grouping, mapped: Mapped, norms: PerP
     From the norms of the pools: the updates are not read again.
     """
     (total,) = counts(grouping.whole(), mapped).values[0]
-    weighted = jax.tree.map(
-        lambda r, n: jnp.where(jnp.isfinite(r), r, 0) * jnp.sqrt(jnp.asarray(n / total, r.dtype)),
-        norms,
-        counts(grouping, mapped),
-    )
-    mean = tree_rms(weighted)
-    bound = _as_rms(max_norm, total * sum(w.size for w in weighted.values), mean.dtype)
+
+    def weighted(norm: Array, count: Any) -> Array:
+        return jnp.where(jnp.isfinite(norm), norm, 0) * jnp.sqrt(jnp.asarray(count / total, norm.dtype))
+
+    every = jax.tree.map(weighted, grouping.merged(norms, norms), grouping.merged(counts(grouping, mapped), norms))
+    mean = tree_rms(every)
+    bound = _as_rms(max_norm, total * sum(norm.size for norm in every.values), mean.dtype)
     return jnp.where(mean > bound, quotient(bound, mean), 1)

@@ -19,7 +19,7 @@ from rmsjax import _pools
 from rmsjax._boxes import key_paths, unboxed
 from rmsjax._checks import as_axes, as_mapped, as_numeric
 from rmsjax._pools import PerPool, Pool
-from rmsjax._reduce import Mapped, accumulator_dtype
+from rmsjax._reduce import Mapped, accumulator_dtype, varying
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree, Real
@@ -75,6 +75,27 @@ class Grouping(NamedTuple):
             return given[0] if has_axes else jnp.stack(given)
 
         return PerPool(tuple(map(of_place, like.values, like.places)), like.places)
+
+    def merged(self, values: PerPool, like: PerPool) -> PerPool:
+        """In as few arrays as may be, for what is computed with them: compilers spend their time by operation.
+
+        Those in one vector vary over the same mapped axes in `like`, which has the layout of the values.
+        """
+        alike: dict[Any, list[int]] = {}
+        for k, (value, place) in enumerate(zip(like.values, like.places, strict=True)):
+            alike.setdefault(k if self.pools[place[0]].axes is not None else varying(value), []).append(k)
+        given = [[values.values[k] for k in ks] for ks in alike.values()]
+        joined = tuple(arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays) for arrays in given)
+        return PerPool(joined, tuple(tuple(p for k in ks for p in like.places[k]) for ks in alike.values()))
+
+    def split(self, values: PerPool, like: PerPool) -> PerPool:
+        """What `merged` has put together, in the layout that it had."""
+        found: dict[tuple[int, ...], Array] = {}
+        for value, place in zip(values.values, values.places, strict=True):
+            parts = [part for part in like.places if part[0] in place]
+            ends = np.cumsum([len(part) for part in parts])[:-1]
+            found |= zip(parts, [value] if len(parts) == 1 else jnp.split(value, ends), strict=True)
+        return PerPool(tuple(found[place] for place in like.places), like.places)
 
     def _narrow(self, value: Array, pool: Pool) -> Array:
         """One float64 leaf makes all sums float64; the norm of a pool without such a leaf is still float32."""

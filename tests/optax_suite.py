@@ -30,6 +30,12 @@ class Element(NamedTuple):
         return self.factory(**{self.hyper: self.values[0]}, scope=scope)
 
 
+def clip_by_global_norm(max_norm, scope="global", axis_name=None):
+    """Which has a scope of its own."""
+    assert scope == "global"
+    return rmsjax.clip_by_global_norm(max_norm, axis_name=axis_name)
+
+
 def clip_by_history(factor, scope="block", axis_name=None):
     """Of which the first update is the warm-up, so that it clips in a few steps, and has no bound of all leaves."""
     return rmsjax.clip_by_history(factor, scope, decay=0.5, warmup_steps=1, warmup_max_norm=None, axis_name=axis_name)
@@ -54,6 +60,10 @@ ELEMENTS = {
         Element(hyperball, "learning_rate", (0.5, 0.25, 2.0, 1.0)),
     )
 }
+
+
+GLOBAL = {"clip_by_global_norm": Element(clip_by_global_norm, "max_norm", (0.5, 0.25, 2.0, 1.0))}
+ALL = ELEMENTS | GLOBAL
 
 
 def mixed_scope(path, leaf):
@@ -120,7 +130,7 @@ def scanned(tx, params):
 def reference(name: str, scope: str, part: str | None = None) -> tuple[Any, Any]:
     """(updates, states) of an element by itself at each step, on the whole tree or on a part of it."""
     params, grads = ({part: tree[part]} if part else tree for tree in (PARAMS, GRADS))
-    return stepped(ELEMENTS[name].make(scope=SCOPES[scope]), grads, params)
+    return stepped(ALL[name].make(scope=SCOPES[scope]), grads, params)
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -134,7 +144,7 @@ def wrapped(tx):
 
 def scheduled(name, scope):
     """The values of an element, one for each step, in place of a number."""
-    element = ELEMENTS[name]
+    element = ALL[name]
     make = optax.inject_hyperparams(element.factory, static_args=("scope",), hyperparam_dtype=jnp.float32)
     return make(**{element.hyper: lambda step: jnp.array(element.values)[step]}, scope=scope)
 
@@ -146,7 +156,7 @@ def half(tree):
 def check_types(name, scope):
     """States stay of the structure and types that init gave them, alone and in all that branches or loops."""
     scope = SCOPES[scope]
-    tx = ELEMENTS[name].make(scope)
+    tx = ALL[name].make(scope)
     state = tx.init(PARAMS)
     updates, new = jax.eval_shape(tx.update, at(GRADS, 0), state, PARAMS)
     assert signature(new) == signature(state)
@@ -158,7 +168,7 @@ def check_types(name, scope):
 
 
 def check_chain(name, scope):
-    tx = optax.chain(ELEMENTS[name].make(scope=SCOPES[scope]), optax.scale(-0.5))
+    tx = optax.chain(ALL[name].make(scope=SCOPES[scope]), optax.scale(-0.5))
     updates, (states, _) = stepped(tx)
     expected, expected_states = reference(name, scope)
     assert_close(updates, jax.tree.map(lambda u: -0.5 * u, expected))
@@ -166,14 +176,14 @@ def check_chain(name, scope):
 
 
 def check_masked(name, scope):
-    tx = optax.masked(ELEMENTS[name].make(scope=SCOPES[scope]), {"dense": True, "stack": False})
+    tx = optax.masked(ALL[name].make(scope=SCOPES[scope]), {"dense": True, "stack": False})
     updates, _ = stepped(tx)
     assert_close(updates["stack"], GRADS["stack"], rtol=0)
     assert_close(updates["dense"], reference(name, scope, "dense")[0]["dense"])
 
 
 def check_partition(name, scope):
-    make = partial(ELEMENTS[name].make, scope=SCOPES[scope])
+    make = partial(ALL[name].make, scope=SCOPES[scope])
     updates, states = stepped(optax.partition({"a": make(), "b": make()}, {"dense": "a", "stack": "b"}))
     for label, part in (("a", "dense"), ("b", "stack")):
         expected, expected_state = reference(name, scope, part)
@@ -183,7 +193,7 @@ def check_partition(name, scope):
 
 def check_schedules_and_branches(name, scope):
     """Under a schedule, whose numbers are traced, pairs of gradients are averaged, and one with a NaN is left out."""
-    element, scope = ELEMENTS[name], SCOPES[scope]
+    element, scope = ALL[name], SCOPES[scope]
     params, grads = ({"dense": tree["dense"]["bias"], "stack": tree["stack"]} for tree in (PARAMS, GRADS))
     composed = wrapped(scheduled(name, scope))
     jitted = composed._replace(update=jax.jit(composed.update))
@@ -204,7 +214,7 @@ def check_schedules_and_branches(name, scope):
 @cache
 def trained(name, scope):
     """The parameters after training, by hand."""
-    tx = ELEMENTS[name].make(scope=SCOPES[scope])
+    tx = ALL[name].make(scope=SCOPES[scope])
     params, state = PARAMS, tx.init(PARAMS)
     for step in range(len(SIZES)):
         updates, state = tx.update(at(GRADS, step), state, params)
@@ -214,7 +224,7 @@ def trained(name, scope):
 
 def check_train_state(name, scope):
     """Linen's TrainState."""
-    state = TrainState.create(apply_fn=None, params=PARAMS, tx=ELEMENTS[name].make(scope=SCOPES[scope]))
+    state = TrainState.create(apply_fn=None, params=PARAMS, tx=ALL[name].make(scope=SCOPES[scope]))
     for step in range(len(SIZES)):
         state = state.apply_gradients(grads=at(GRADS, step))
     assert_close(state.params, trained(name, scope))
@@ -232,7 +242,7 @@ class _Model(nnx.Module):
 
 def check_nnx_optimizer(name, scope):
     model = _Model()
-    optimizer = nnx.Optimizer(model, ELEMENTS[name].make(scope=SCOPES[scope]), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, ALL[name].make(scope=SCOPES[scope]), wrt=nnx.Param)
 
     for step in range(len(SIZES)):
         grads = nnx.state(model, nnx.Param)

@@ -296,6 +296,26 @@ MISTAKES = {
         *(lambda: update(rmsjax.clip_by_relative_rms(0.1), TREE, {"w": "he_normal", "b": X[0]}), TypeError),
         *("clip_by_relative_rms", "leaf 'w' of params", "array of numbers", "'he_normal'"),
     ),
+    "max_norm negative": (
+        *(lambda: rmsjax.clip_by_global_norm(-1.0), ValueError),
+        *("clip_by_global_norm", "max_norm", "at least 0", r"-1\.0"),
+    ),
+    "factor of a history below 1": (
+        *(lambda: rmsjax.clip_by_history(0.5), ValueError),
+        *("clip_by_history", "factor", "at least 1", r"0\.5"),
+    ),
+    "hyperball of no optimizer": (
+        *(lambda: rmsjax.hyperball(optax.adam, 0.1), TypeError),
+        *("hyperball", "inner", "an optax optimizer", "got the function adam", "such as optax.adam"),
+    ),
+    "hyperball without params": (
+        *(lambda: update(rmsjax.hyperball(optax.sgd(0.1), 0.1), TREE), ValueError),
+        *("hyperball", "update", "needs the parameters", "params"),
+    ),
+    "learning rate of hyperball negative": (
+        *(lambda: rmsjax.hyperball(optax.sgd(0.1), -0.1), ValueError),
+        *("hyperball", "learning_rate", "at least 0", r"-0\.1"),
+    ),
     "min_rms negative": (
         *(lambda: rmsjax.clip_by_relative_rms(0.1, min_rms=-1e-3), ValueError),
         *("clip_by_relative_rms", "min_rms", "at least 0", "-0.001"),

@@ -11,6 +11,7 @@ import pytest
 import rmsjax
 from rmsjax import _reduce
 from tests.oracle import in_double, true_rms
+from tests.workloads import gpt2_small, tree_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -148,6 +149,25 @@ def test_a_clip_does_little_to_each_leaf():
         for count in (32, 64)
     )
     assert more - few <= 20 * 32
+
+
+@pytest.mark.parametrize(
+    ("tx", "scope"),
+    [
+        (rmsjax.clip_by_global_norm(1.0), "global"),
+        (rmsjax.clip_by_history(scope="global"), "global"),
+        (rmsjax.clip_by_history(), "block"),
+    ],
+)
+def test_no_clip_has_many_more_operations_than_the_plain_one(tx, scope):
+    """Of the gradients of GPT-2 small; to compile takes a time in proportion."""
+    shapes = tree_of(gpt2_small())
+
+    def size_of(tx):
+        state = jax.eval_shape(tx.init, shapes)
+        return jax.jit(tx.update).lower(shapes, state, shapes).as_text().count(" = ")
+
+    assert size_of(tx) <= 1.2 * size_of(rmsjax.clip_by_rms(1e-3, scope))
 
 
 @pytest.mark.parametrize("scope", ["global", "block"])

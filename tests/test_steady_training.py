@@ -342,7 +342,7 @@ def test_what_starts_at_zero_moves_as_the_inner_optimizer_says():
 def test_a_schedule_sets_the_size_of_steps():
     rng = np.random.default_rng(5)
     start, grad = (jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in range(2))
-    tx = rmsjax.hyperball(optax.sgd(1.0), lambda step: 0.1 / (step + 1))
+    tx = rmsjax.hyperball(optax.sgd(1.0), lambda step: 0.1 / (1 + step.astype(jnp.float32)))
     params, state = start, tx.init(start)
     for step in range(3):
         moved = params / rmsjax.rms(start) - 0.1 / (step + 1) * grad / rmsjax.rms(grad)

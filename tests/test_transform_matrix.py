@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax import lax
@@ -160,10 +161,13 @@ ROWS = {
         **dict.fromkeys(SECOND, "the second derivative of a clip is out of range there, and no optimizer takes one"),
     ),
     "clip_by_relative_rms": row(second_step(rmsjax.clip_by_relative_rms(0.1)), LEAF, PARAMS),
+    "clip_by_global_norm": row(second_step(rmsjax.clip_by_global_norm(0.5), TREE), TREE),
+    "clip_by_history": row(second_step(rmsjax.clip_by_history(warmup_steps=1), TREE), TREE),
     "normalize_by_rms": row(second_step(rmsjax.normalize_by_rms(scope=-1)), LEAF),
     "record_rms": row(second_step(rmsjax.record_rms(ema_decay=0.5, relative=True)), LEAF, PARAMS),
     "scale_by_stable_adam": row(second_step(rmsjax.scale_by_stable_adam(0.5, 0.75)), GRADIENTS),
     "stable_adamw": row(second_step(rmsjax.stable_adamw(0.1, weight_decay=0.1)), GRADIENTS, PARAMS),
+    "hyperball": row(second_step(rmsjax.hyperball(optax.scale(-1.0), 0.1)), LEAF, PARAMS),
     "nnx.RMSNorm": row(nnx_layer, nnx.state(LAYER), X),
     "nnx.RMSNorm bfloat16": row(nnx_layer, nnx.state(LAYER), X.astype(jnp.bfloat16), MASK),
     "linen.RMSNorm": row(

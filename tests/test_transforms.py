@@ -50,6 +50,12 @@ def test_composes(name, scope, check):
     check(name, scope)
 
 
+@pytest.mark.parametrize("check", optax_suite.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", optax_suite.GLOBAL)
+def test_composes_with_a_scope_of_its_own(name, check):
+    check(name, "global")
+
+
 @pytest.mark.parametrize("name", DISTINCT)
 def test_composes_under_jit(name):
     """With pools of both kinds: each of these is compiled anew. `check_types` tries them with all scopes."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 from beartype import beartype
 from flax import nnx
@@ -111,6 +112,12 @@ CALLS = {
     "rmsjax.rms_report": lambda f: [f(TREE)],
     "rmsjax.clip_by_rms": lambda f: [updated(f(1.0)), updated(f(jnp.float32(1), 0))],
     "rmsjax.clip_by_relative_rms": lambda f: [updated(f(0.1, "global", min_rms=1e-3))],
+    "rmsjax.clip_by_global_norm": lambda f: [updated(f(1.0)), updated(f(jnp.float32(1)))],
+    "rmsjax.clip_by_history": lambda f: [updated(f()), updated(f(1.1, 0, warmup_steps=0, warmup_max_norm=None))],
+    "rmsjax.hyperball": lambda f: [
+        updated(f(optax.adam(0.1), 0.1)),
+        updated(f(optax.sgd(0.1), lambda step: 0.1, {"kernel": True, "bias": False}, scope="global")),
+    ],
     "rmsjax.normalize_by_rms": lambda f: [updated(f()), updated(f(0.2, epsilon=1e-8))],
     "rmsjax.record_rms": lambda f: [updated(f(ema_decay=0.9)), updated(f())],
     "rmsjax.rms_states": lambda f: [f(rmsjax.clip_by_rms(1.0).init(TREE))],

@@ -46,6 +46,8 @@ assert_type(rmsjax.rms_operator_norm(x), Array)
 assert_type(rmsjax.rms_report(grads), rmsjax.RMSReport)
 assert_type(clip_by_rms(1.0, "block"), optax.GradientTransformation)
 assert_type(rmsjax.stable_adamw(lambda step: 1e-3), optax.GradientTransformationExtraArgs)
+assert_type(rmsjax.clip_by_history(1.05, "block", warmup_max_norm=None), optax.GradientTransformation)
+assert_type(rmsjax.hyperball(optax.adam(1e-3), 1e-2), optax.GradientTransformationExtraArgs)
 assert_type(rmsjax.rms_states(clip_by_rms(1.0).init(grads)), dict[str, Any])
 
 scope: Scope = "block"
