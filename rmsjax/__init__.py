@@ -14,7 +14,8 @@ rotation-invariant norm of which that is true. So one number means the same in a
 - **Arrays**: `rms` is the number, `rms_normalize` divides by it. The layers are `rmsjax.nnx.RMSNorm` and
   `rmsjax.linen.RMSNorm`; they take the place of Flax's.
 - **Trees** of arrays, such as parameters or gradients: `tree_rms` gives norms as a tree, `rms_by_path` as a dict for a
-  logger, `rms_report` as a table to read. `rms_penalty` is a regulariser.
+  logger, `rms_report` as a table to read; both show layers that are stacked in one array one by one. `rms_penalty` is
+  a regulariser.
 - **optax**: clips and optimizers that keep training steady, see the table below. All keep what they saw in their state,
   and `rms_states` finds it there.
 - **Widths**: `coord_check` trains a model at several widths and says which layers grow or shrink with the width;
