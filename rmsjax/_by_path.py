@@ -30,11 +30,12 @@ class Layers:
 
     def __init__(self, function: str, stacked: Any, sep: str, paths: Sequence[str]) -> None:
         given: Any = [stacked] if isinstance(stacked, str) else stacked
-        if not isinstance(given, Mapping | list | tuple | set) or not all(isinstance(path, str) for path in given):
+        axes: Any = dict.fromkeys(given, 0) if isinstance(given, list | tuple) else given
+        if not isinstance(axes, Mapping) or not all(isinstance(p, str) and isinstance(a, int) for p, a in axes.items()):
             raise TypeError(
                 f"{function}: stacked must be a path, several, or a dict from path to axis, got {stacked!r:.80}"
             )
-        self._axes: dict[str, int] = dict(given) if isinstance(given, Mapping) else dict.fromkeys(given, 0)
+        self._axes: Mapping[str, int] = axes
         self._function, self._sep = function, sep
         self._counts: dict[str, tuple[int, str]] = {}
         for prefix in self._axes.keys() - {self.prefix(path) for path in paths}:
@@ -73,7 +74,7 @@ class Named(NamedTuple):
 
     path: str
     norm: Array
-    count: Any  # the elements behind each number
+    count: Any  # of how many elements in all
     leaf: jax.ShapeDtypeStruct | None  # the leaf, or the layer of one; None for a pool of several
 
 

@@ -217,6 +217,10 @@ MISTAKES = {
         *(lambda: rms_by_path({"blocks": TREE}, stacked=3), TypeError),
         *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", "got 3"),
     ),
+    "a stack along two axes": (
+        *(lambda: rms_by_path({"blocks": TREE}, stacked={"blocks": (0, 1)}), TypeError),
+        *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", r"got {'blocks': \(0, 1\)}"),
+    ),
     "a stack along an axis that a leaf does not have": (
         *(lambda: rms_by_path({"blocks": TREE}, stacked={"blocks": 1}), ValueError),
         *("rms_by_path", "the axis of stacked leaf 'blocks/b'", "out of range", r"shape \(4,\)"),
