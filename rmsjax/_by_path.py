@@ -156,14 +156,15 @@ def interleaved(parts: Iterable[tuple[str | None, list[T]]]) -> Iterator[T]:
 def _together(norms: Sequence[Array], counts: Sequence[Any]) -> Array:
     """The norm of all elements from the norms of parts of them: the root of the mean square, by their counts.
 
-    Norms near an end of the range are first moved away from it, so that none is lost by its weight.
+    Weights are at most 1, so nothing overflows; norms that one could push below the range are first moved away from it.
     """
     dtype = np.result_type(*(norm.dtype for norm in norms))
     parts = jnp.stack([norm.astype(dtype) for norm in norms])
-    total = divisor(sum(counts), dtype)
-    shares = jnp.stack([jnp.asarray(count, dtype) * len(counts) / total for count in counts])
-    move = jnp.where(jnp.max(parts, 0, keepdims=True) > 1, 2.0**-20, 2.0**20).astype(dtype)
-    return rms(parts * move * jnp.sqrt(shares)[:, None], 0) / move[0]
+    sizes = jnp.stack([jnp.asarray(divisor(count, dtype)) for count in counts])
+    most, total = jnp.max(sizes), divisor(sum(counts), dtype)
+    small = jnp.max(parts, 0, keepdims=True) < 2.0**21 * float(jnp.finfo(dtype).tiny)
+    move = jnp.where(small, 2.0**20, 1).astype(dtype)
+    return rms(parts * move * jnp.sqrt(sizes / most)[:, None], 0) * jnp.sqrt(len(counts) * most / total) / move[0]
 
 
 def rms_by_path(

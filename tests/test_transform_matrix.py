@@ -152,6 +152,7 @@ ROWS = {
     "tree_rms callable": row(partial(rmsjax.tree_rms, scope=by_path), TREE),
     "tree_rms beyond": row(lambda tree: back_tree(rmsjax.tree_rms(beyond_tree(tree), "block")), TREE),
     "rms_by_path": row(rmsjax.rms_by_path, TREE),
+    "rms_by_path layers": row(partial(rmsjax.rms_by_path, stacked=("kernel", "bias")), TREE),
     "rms_penalty": row(partial(rmsjax.rms_penalty, target=0.25), TREE),
     "rms_operator_norm": row(partial(rmsjax.rms_operator_norm, exact=True), X[:, :3]),
     "rms_operator_norm_by_path": row(partial(rmsjax.rms_operator_norm_by_path, exact=True), {"w": X[:, :3], "b": X[0]}),
