@@ -73,9 +73,10 @@ def hyperball(
     So each step moves a matrix by the same share of its size, whatever its shape, width, gradient or age: learning
     rates carry over from a small model to a large one, and weight decay has nothing left to do.
 
-    R is kept in the state and every step is brought back to it, so no rounding adds up. In 16 bits each element is
-    rounded to the parameters' dtype once, as if they had been computed in float32. What is put after it in a chain
-    takes parameters off their norm again; make it the last link.
+    R is kept in the state and every step is brought back to it, so no rounding adds up: in float32 the norm stays
+    within 2 units in its last place. In 16 bits each element is rounded to the parameters' dtype once, as if it had
+    been computed in float32. What is put after it in a chain takes parameters off their norm again; make it the last
+    link.
 
     Args:
         inner: any optax optimizer, such as `optax.adam(1e-3)` or one of `optax.contrib`. What it says of the size of
@@ -117,9 +118,8 @@ def hyperball(
     the same with Muon.
     """
     if not isinstance(inner, optax.GradientTransformation):  # pyright: ignore[reportUnnecessaryIsInstance]
-        fix = (
-            "pass its gradient_transformation()" if hasattr(inner, "gradient_transformation") else "such as optax.adam"
-        )
+        is_wrapper = hasattr(inner, "gradient_transformation")  # optax.MultiSteps
+        fix = "pass its gradient_transformation()" if is_wrapper else "pass one such as optax.adam(1e-3)"
         raise TypeError(f"{_NAME}: inner must be an optax optimizer, got {described(inner)}; {fix}")
     check_scope(_NAME, scope)
     if not callable(learning_rate):
@@ -180,10 +180,10 @@ def _moved(old: Array, step: Array) -> Array:
     return lax.add(lifted(old), step.astype(lifted(old).dtype))
 
 
-def _share_to_sphere(excess: Array) -> Array:
-    """1/sqrt(1 + excess) - 1: a factor near 1 would be rounded as such."""
-    square = jnp.maximum(1 + excess, 0)
-    return -quotient(excess, square + jnp.sqrt(square))
+def _share_to_sphere(above: Array) -> Array:
+    """1/sqrt(1 + above) - 1: a factor near 1 would be rounded as such."""
+    square = jnp.maximum(1 + above, 0)  # rounding may take that of a zero below 0
+    return -quotient(above, square + jnp.sqrt(square))
 
 
 def _change(new: Array, old: Array, dtype: Any) -> Array:

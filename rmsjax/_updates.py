@@ -10,7 +10,7 @@ States can be serialized by `jax.export`; of those of optax in a chain, register
 params are boxed (`nnx.Param`, `nn.Partitioned`, the `NamedArray` of haliax), norms are not, see `rmsjax.tree_rms`.
 
 Numbers may be set by a schedule with `optax.inject_hyperparams`. A traced number cannot be refused: below 0 it counts
-as 0, but for a learning rate, whose sign means what it means in optax.
+as 0, but for the learning rate of `stable_adamw`, whose sign means what it means in optax.
 """
 
 from __future__ import annotations
