@@ -46,11 +46,8 @@ def arms(args):
 
 def kernels(params):
     """What hyperball holds: matrices but for those whose rows are each a vector of its own."""
-    rows = {name: name in ("embed", "position") for name in params}
-    return {
-        name: jax.tree.map(lambda leaf, name=name: leaf.ndim == 2 and not rows[name], leaves)
-        for name, leaves in params.items()
-    }
+    held = {name: name not in ("embed", "position") for name in params}
+    return {name: jax.tree.map(lambda leaf, h=held[name]: h and leaf.ndim == 2, params[name]) for name in params}
 
 
 # --------------------------------------------------------------------------------------------------------------- model
