@@ -14,7 +14,8 @@ rotation-invariant norm of which that is true. So one number means the same in a
 - **Arrays**: `rms` is the number, `rms_normalize` divides by it. The layers are `rmsjax.nnx.RMSNorm` and
   `rmsjax.linen.RMSNorm`; they take the place of Flax's.
 - **Trees** of arrays, such as parameters or gradients: `tree_rms` gives norms as a tree, `rms_by_path` as a dict for a
-  logger, `rms_report` as a table to read. `rms_penalty` is a regulariser.
+  logger, `rms_report` as a table to read; both show layers that are stacked in one array one by one. `rms_penalty` is
+  a regulariser.
 - **optax**: clips and optimizers that keep training steady, see the table below. All keep what they saw in their state,
   and `rms_states` finds it there.
 - **Widths**: `coord_check` trains a model at several widths and says which layers grow or shrink with the width;
@@ -83,10 +84,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rmsjax._by_path import rms_by_path as rms_by_path
 from rmsjax._norm import rms as rms
 from rmsjax._norm import rms_normalize as rms_normalize
 from rmsjax._tree import Scope as _Scope
-from rmsjax._tree import rms_by_path as rms_by_path
 from rmsjax._tree import tree_rms as tree_rms
 
 Scope: TypeAlias = _Scope
@@ -98,7 +99,8 @@ __version__ = "0.1.0"
 # import flax, optax or matplotlib, and most programs use only some of them.
 _HOMES = {
     "_norm": ("rms", "rms_normalize"),
-    "_tree": ("tree_rms", "rms_by_path", "Scope"),
+    "_tree": ("tree_rms", "Scope"),
+    "_by_path": ("rms_by_path",),
     "report": ("rms_report", "RMSReport", "RMSRow"),
     "penalties": ("rms_penalty",),
     "_clips": (

@@ -265,46 +265,6 @@ def tree_rms(
     return grouping.tree(measure(grouping, as_mapped("tree_rms", axis_name)))
 
 
-def rms_by_path(
-    tree: PyTree,
-    *,
-    sep: str = "/",
-    scope: Scope = "block",
-    axis_name: str | Sequence[str] | None = None,
-) -> dict[str, Array]:
-    """The RMS norm of each leaf by its path, ready for TensorBoard or W&B. Works under `jit`.
-
-    Args:
-        tree: as in `tree_rms`.
-        sep: what separates the parts of a path.
-        scope: as in `tree_rms`; "block", the default, gives one scalar for each leaf.
-        axis_name: as in `tree_rms`.
-
-    Returns:
-        A dict from path to norm, in the order of the leaves.
-
-    Raises:
-        ValueError: two leaves have the same path with this separator; and all that `tree_rms` raises.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from rmsjax import rms_by_path
-        >>> rms_by_path({"dense": {"kernel": jnp.full((2, 2), 3.0)}})
-        {'dense/kernel': Array(3., dtype=float32)}
-
-    Source: keys as `jax.tree_util.keystr` writes them.
-    """
-    if not isinstance(sep, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"rms_by_path: sep must be a string, got {sep!r:.80}")
-    grouping = group("rms_by_path", tree, scope)
-    paths = leaf_paths(tree, sep)
-    if len(set(paths)) < len(paths):
-        twice = next(path for i, path in enumerate(paths) if path in paths[:i])
-        raise ValueError(f"rms_by_path: several leaves have the path {twice!r}; choose another sep than {sep!r}")
-    norms = grouping._replace(is_global=False).tree(measure(grouping, as_mapped("rms_by_path", axis_name)))
-    return dict(zip(paths, grouping.bare.flatten_up_to(norms), strict=True))
-
-
 # ------------------------------------------------------------------------------------------------------------ rescaling
 
 

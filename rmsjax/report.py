@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -13,9 +13,9 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from rmsjax._reduce import UNMAPPED
+from rmsjax._by_path import Layers, Stacked, interleaved, named_norms
 from rmsjax._text import text_table
-from rmsjax._tree import Scope, group, is_state, leaf_paths, measure
+from rmsjax._tree import Scope, is_state, leaf_paths
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -26,12 +26,15 @@ __all__ = ["RMSReport", "RMSRow", "rms_report"]
 class RMSRow(NamedTuple):
     """One line of a report. `rms` has several entries where a leaf has several norms; the rest is None if unknown.
 
+    `clipped`: the share of updates that were clipped, for each norm. `share`: the share of the leaf in the square of
+    the norm of the whole tree, so 1 in all lines together: the leaf that makes that norm large has most of it.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from rmsjax import rms_report
         >>> row = rms_report({"w": jnp.full((2, 2), 3.0)})[0]
-        >>> print(row.path, row.shape, row.dtype, row.rms, row.clipped)
-        w (2, 2) float32 [3.] None
+        >>> print(row.path, row.shape, row.dtype, row.rms, row.share, row.clipped)
+        w (2, 2) float32 [3.] 1.0 None
     """
 
     path: str
@@ -39,6 +42,7 @@ class RMSRow(NamedTuple):
     dtype: str | None
     rms: np.ndarray[Any, np.dtype[np.float64]]
     clipped: np.ndarray[Any, np.dtype[np.float64]] | None = None
+    share: float | None = None
 
 
 class RMSReport(Sequence[RMSRow]):
@@ -51,8 +55,8 @@ class RMSReport(Sequence[RMSRow]):
         >>> len(report), report[-1].path
         (2, 'w')
         >>> report[1:]
-        path  shape    dtype  rms
-        w      (2,)  float32    1
+        path  shape    dtype  rms   share
+        w      (2,)  float32    1  100.0%
     """
 
     def __init__(self, rows: Iterable[RMSRow]) -> None:
@@ -71,6 +75,7 @@ class RMSReport(Sequence[RMSRow]):
             "shape": [None if row.shape is None else str(row.shape) for row in self._rows],
             "dtype": [row.dtype for row in self._rows],
             "rms": [_range("{:.3g}", row.rms) for row in self._rows],
+            "share": [None if row.share is None else f"{row.share:.1%}" for row in self._rows],
             "clipped": [None if row.clipped is None else _range("{:.1%}", row.clipped) for row in self._rows],
         }
         kept = {name: cells for name, cells in columns.items() if name in ("path", "rms") or any(cells)}
@@ -87,12 +92,19 @@ class RMSReport(Sequence[RMSRow]):
 
 
 def rms_report(
-    tree: PyTree, scope: Scope = "block", *, order: Literal["tree", "worst"] = "tree", sep: str = "/"
+    tree: PyTree,
+    scope: Scope = "block",
+    *,
+    order: Literal["tree", "worst"] = "tree",
+    sep: str = "/",
+    stacked: Stacked = (),
+    params: PyTree | None = None,
 ) -> RMSReport:
     """A readable table of the RMS norms in a tree, or of those that an optimizer's state has recorded.
 
     Args:
-        tree: parameters, gradients, an `nnx.State`: its leaves are measured. If it holds states of rmsjax's
+        tree: parameters, gradients, an `nnx.State`: its leaves are measured, and the share that each has in the square
+            of the norm of the whole says which of them makes that large. If it holds states of rmsjax's
             transformations, such as the state of an optax chain, what these recorded is shown instead, with the share
             of updates that were clipped; scope then has no say.
         scope: as in `tree_rms`. Of a leaf with several norms the table shows the least and the largest.
@@ -101,9 +113,13 @@ def rms_report(
             the same state, since gradients have another size than parameters or ratios. Leaves without elements, of
             which a norm says nothing, come last (a state has its norm alone, and 0 is far from the median).
         sep: what separates the parts of a path.
+        stacked: the path of what holds stacked layers, as in `rms_by_path`: each layer has a line of its own, also of
+            norms that were recorded for each layer. Of these it is the path of the parameters, without that of a state.
+        params: the parameters, or their shapes, that recorded norms belong to. These then have their shares as well.
 
     Returns:
-        A sequence of lines (path, shape, dtype, rms, clipped) that prints as a table, in a notebook as HTML.
+        A sequence of lines (path, shape, dtype, rms, share, clipped) that prints as a table, in a notebook as HTML.
+        Leaves that the scope pools under a label have one line, with the label as path.
 
     Raises:
         TypeError: the tree is traced: under `jit` use `rms_by_path`; and what `tree_rms` raises.
@@ -114,10 +130,10 @@ def rms_report(
         >>> from rmsjax import rms_report
         >>> params = {"in": jnp.full((64, 32), 0.1), "out": jnp.full((32, 10), 12.0), "scale": jnp.full(32, 0.2)}
         >>> rms_report(params, order="worst")
-        path      shape    dtype  rms
-        out    (32, 10)  float32   12
-        in     (64, 32)  float32  0.1
-        scale     (32,)  float32  0.2
+        path      shape    dtype  rms   share
+        out    (32, 10)  float32   12  100.0%
+        in     (64, 32)  float32  0.1    0.0%
+        scale     (32,)  float32  0.2    0.0%
 
     Source: paths as `jax.tree_util.keystr` writes them; one line a tensor as in `flax.linen.tabulate`.
     """
@@ -125,38 +141,68 @@ def rms_report(
         raise ValueError(f"rms_report: order must be 'tree' or 'worst', got {order!r}")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError("rms_report: the tree must have values, not tracers; under jit use rms_by_path")
-    alike = [*_recorded(tree, sep)] or [[*_measured(tree, scope, sep)]]
+    alike = [*_recorded(tree, sep, stacked, params)] or [[*_measured(tree, scope, sep, stacked)]]
     ranked = [(badness, row) for rows in alike for badness, row in zip(_badness(rows), rows, strict=True)]
     if order == "worst":
         ranked.sort(key=lambda entry: entry[0], reverse=True)
     return RMSReport(row for _, row in ranked)
 
 
-def _measured(tree: PyTree, scope: Scope, sep: str) -> Iterator[RMSRow]:
-    grouping = group("rms_report", tree, scope)
-    norms = grouping.tree(measure(grouping, UNMAPPED))
-    if grouping.is_global:
-        yield RMSRow("all", None, None, _flat(norms))
-        return
-    for path, leaf, norm in zip(leaf_paths(tree, sep), jax.tree.leaves(tree), jax.tree.leaves(norms), strict=True):
-        yield RMSRow(path, jnp.shape(leaf), str(jnp.result_type(leaf)), _flat(norm))
+def _measured(tree: PyTree, scope: Scope, sep: str, stacked: Stacked) -> Iterator[RMSRow]:
+    norms = [*named_norms("rms_report", tree, scope, sep, stacked)]
+    shares = _shares([(_flat(named.norm), named.count) for named in norms])
+    for (path, norm, count, leaf), share in zip(norms, shares, strict=True):
+        known = (None, None) if leaf is None else (leaf.shape, str(leaf.dtype))
+        yield RMSRow(path, *known, _flat(norm if count else ()), share=share)
 
 
-def _recorded(tree: PyTree, sep: str) -> Iterator[list[RMSRow]]:
+def _shares(norms: Sequence[tuple[np.ndarray[Any, Any], int]]) -> list[float]:
+    """The share of each in the square of all, from norms in units of the largest, since squares may overflow.
+
+    With each norm, or norms, comes the number of elements.
+    """
+    largest = max((float(np.max(norm)) for norm, count in norms if count), default=0.0) or 1.0
+    with np.errstate(invalid="ignore"):  # inf/inf
+        parts = [count and count * float(np.mean(np.square(norm / largest))) for norm, count in norms]
+    total = math.fsum(parts) or 1.0
+    return [part / total for part in parts]
+
+
+def _recorded(tree: PyTree, sep: str, stacked: Stacked, params: PyTree) -> Iterator[list[RMSRow]]:
     """What the states in a tree have recorded, field by field; a path leads to the state, the field and the leaf."""
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_state)[0]
-    for path, state in nodes:
-        if not is_state(state):
-            continue
-        prefix = jax.tree_util.keystr(path, simple=True, separator=sep)
-        for i, field in enumerate(state.norm_fields):
-            norms = getattr(state, field)
-            paths = [sep.join(part for part in (prefix, field, leaf) if part) for leaf in leaf_paths(norms, sep)]
-            shares = jax.tree.leaves(getattr(state, "share_clipped", None)) if i == 0 else []
-            yield [
-                RMSRow(path, None, None, _flat(norm), None if share is None else _flat(share))
-                for path, norm, share in itertools.zip_longest(paths, jax.tree.leaves(norms), shares)
-            ]
+    states = [(jax.tree_util.keystr(path, simple=True, separator=sep), node) for path, node in nodes if is_state(node)]
+    fields = [(prefix, state, field) for prefix, state in states for field in state.norm_fields]
+    paths = [path for _, state, field in fields for path in leaf_paths(getattr(state, field), sep)]
+    layers = Layers("rms_report", stacked if fields else (), sep, paths)
+    sizes = dict(zip(leaf_paths(params, sep), map(np.size, jax.tree.leaves(params)), strict=True))
+    for prefix, state, field in fields:
+        norms, is_first = getattr(state, field), field == state.norm_fields[0]
+        clipped = jax.tree.leaves(getattr(state, "share_clipped", None)) if is_first else []
+        lines = itertools.zip_longest(leaf_paths(norms, sep), jax.tree.leaves(norms), clipped)
+        rows = [*interleaved(_by_layer(layers, *line, sizes) for line in lines)]
+        known = is_first and all(count is not None for *_, count in rows)
+        shares = _shares([(norm, count or 0) for _, norm, _, count in rows]) if known else [None] * len(rows)
+        yield [
+            RMSRow(sep.join(filter(None, (prefix, field, path))), None, None, norm, share_clipped, share)
+            for (path, norm, share_clipped, _), share in zip(rows, shares, strict=True)
+        ]
+
+
+def _by_layer(
+    layers: Layers, path: str, norm: Any, clipped: Any, sizes: Mapping[str, int]
+) -> tuple[str | None, list[tuple[str, Any, Any, int | None]]]:
+    """The stack that a leaf is in, if any; and path, norms, shares clipped and size of the leaf, or of its layers."""
+    stack = layers.prefix(path) if jnp.ndim(norm) else None  # one number is that of all layers together
+    size = sizes.get(path)
+    if stack is None:
+        return None, [(path, _flat(norm), None if clipped is None else _flat(clipped), size)]
+    axis = layers.axis(path, norm.shape)
+    names = [layers.name(path, k) for k in range(norm.shape[axis])]
+    norms = map(_flat, np.moveaxis(np.asarray(norm), axis, 0))
+    shares = [None] * len(names) if clipped is None else map(_flat, np.moveaxis(np.asarray(clipped), axis, 0))
+    each = itertools.repeat(None if size is None else size // max(1, len(names)), len(names))
+    return stack, [*zip(names, norms, shares, each, strict=True)]
 
 
 def _flat(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -181,7 +227,7 @@ def _badness(rows: Sequence[RMSRow]) -> list[tuple[bool, float]]:
     median = float(np.median(usual)) if usual.size else 1.0
 
     def badness(row: RMSRow) -> tuple[bool, float]:
-        if row.rms.size == 0 or 0 in (row.shape or ()):
+        if row.rms.size == 0:
             return False, -1.0
         finite = bool(np.isfinite(row.rms).all())
         factors = [abs(math.log(r / median)) if r else math.inf for r in row.rms] if finite else []

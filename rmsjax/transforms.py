@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from rmsjax._boxes import unboxed
-from rmsjax._checks import as_mapped, as_threshold
+from rmsjax._checks import as_mapped, as_threshold, described
 from rmsjax._tree import Scope, check_scope, group, is_state, measure, rescale
 from rmsjax._updates import (
     as_decay,
@@ -22,6 +22,7 @@ from rmsjax._updates import (
     next_update,
     no_updates,
     norm_types,
+    params_of,
     serializable,
     zeros,
 )
@@ -52,8 +53,9 @@ class NormalizeByRMSState(NamedTuple):
 class RecordRMSState(NamedTuple):
     """What `record_rms` has seen.
 
-    `rms`: the norm of the newest updates, as `tree_rms(updates, scope)` gives it. `ema_rms`: its moving average, None
-    without `ema_decay`. `num_updates`: how many updates were seen.
+    `rms`: the norm of the newest updates, as `tree_rms(updates, scope)` gives it. `param_rms`: the norm of the
+    parameters, and `ratio`: rms over it; None without `relative`. `ema_rms`: the moving average of rms, None without
+    `ema_decay`. `num_updates`: how many updates were seen.
 
     Example:
         >>> import jax.numpy as jnp, rmsjax
@@ -66,10 +68,20 @@ class RecordRMSState(NamedTuple):
     """
 
     rms: Any
+    param_rms: Any
     ema_rms: Any
     num_updates: Array
 
-    norm_fields = ("rms", "ema_rms")
+    norm_fields = ("rms", "param_rms", "ratio", "ema_rms")
+
+    @property
+    def ratio(self) -> Any:
+        """The size of the newest updates in that of what they update; 0 of updates that are 0."""
+        return None if self.param_rms is None else jax.tree.map(_ratio, self.rms, self.param_rms)
+
+
+def _ratio(update: Any, param: Any) -> Array:
+    return update / jnp.where((update == 0) & (param == 0), 1, param)
 
 
 # --------------------------------------------------------------------------------------------------------- normalizing
@@ -147,26 +159,33 @@ def record_rms(
     scope: Scope = "block",
     *,
     ema_decay: float | Array | None = None,
+    relative: bool = False,
     axis_name: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformation:
     r"""Pass updates through and keep their RMS norm $\|u\|_{RMS}$ in the state.
 
-    One before and one after a transformation show what it did. The moving average counts from the first update
-    without a bias towards zero. As in `optax.ema`, one update that is not finite makes it NaN or infinite for good:
-    where batches may break, put the optimizer in `optax.apply_if_finite`, whose skipped steps it then does not see.
+    One before and one after a transformation show what it did. The last link of a chain sees the step itself: with
+    relative=True it also keeps $\|w\|_{RMS}$, and so the ratio of the two, the share of its size by which a step
+    changes each tensor.
+
+    The moving average counts from the first update without a bias towards zero. As in `optax.ema`, one update that is
+    not finite makes it NaN or infinite for good: where batches may break, put the optimizer in
+    `optax.apply_if_finite`, whose skipped steps it then does not see.
 
     Args:
         scope: what shares a norm, see `rmsjax.tree_rms`. Under `optax.inject_hyperparams` name it in
             static_args=("scope",), or else a callable is taken for a schedule.
         ema_decay: also keep the exponential moving average of the norm with this decay, in [0, 1).
+        relative: also keep the norm of the parameters, pooled as the updates are; its update then needs `params`.
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
 
     Returns:
         A transformation with state `RecordRMSState`.
 
     Raises:
-        TypeError: ema_decay is not a number; at init or update, a leaf is not floating.
-        ValueError: ema_decay is not in [0, 1); and what `clip_by_rms` raises.
+        TypeError: ema_decay is not a number, or relative not a boolean; at init or update, a leaf is not floating.
+        ValueError: ema_decay is not in [0, 1); at update, relative is True and params are missing or do not fit the
+            updates; and what `clip_by_rms` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
@@ -177,6 +196,14 @@ def record_rms(
         >>> _, state = tx.update({"w": jnp.array([4.0, -4.0, 4.0])}, tx.init(params))
         >>> print(state["before"].rms["w"], state["after"].rms["w"])
         4.0 1.0
+        >>> tx = optax.chain(optax.sgd(0.5), rmsjax.record_rms(relative=True))
+        >>> params = {"w": jnp.full(3, 100.0)}
+        >>> _, state = tx.update({"w": jnp.array([4.0, -4.0, 4.0])}, tx.init(params), params)
+        >>> print(rmsjax.rms_report(state))
+        path             rms
+        1/rms/w            2
+        1/param_rms/w    100
+        1/ratio/w       0.02
 
     Source: Wortsman et al. (arXiv 2304.13013), section 3, watch a norm of each tensor, which rises before the loss
     spikes: that of the gradient over Adam's root of v. The average is debiased as in Kingma and Ba (arXiv 1412.6980),
@@ -186,21 +213,26 @@ def record_rms(
     check_scope(name, scope)
     if ema_decay is not None:
         ema_decay = as_decay(name, "ema_decay", ema_decay)
+    if not isinstance(relative, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{name}: relative must be True or False, got {described(relative)}")
 
     def init_fn(params: PyTree) -> RecordRMSState:
         norms = norm_types(name, params, scope, axis_name)
-        return RecordRMSState(zeros(norms), None if ema_decay is None else zeros(norms), no_updates())
+        of_params = zeros(norms) if relative else None
+        return RecordRMSState(zeros(norms), of_params, None if ema_decay is None else zeros(norms), no_updates())
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, RecordRMSState]:
-        del params
-        grouping = group(name, updates, scope, kind=jnp.inexact)
-        norms = kept(name, state.rms, grouping, measure(grouping, as_mapped(name, axis_name)))
-        step, average = next_update(state.num_updates), None
+        grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
+        norms = kept(name, state.rms, grouping, measure(grouping, mapped))
+        step, of_params, average = next_update(state.num_updates), None, None
+        if relative:
+            given = grouping._replace(leaves=jax.tree.leaves(params_of(name, updates, params)))
+            of_params = kept(name, state.param_rms, grouping, measure(given, mapped))
         if ema_decay is not None:
             average = jax.tree.map(
                 lambda a, r: averaged(a, r, newest_weight(ema_decay, step, r.dtype)), state.ema_rms, norms
             )
-        return updates, RecordRMSState(norms, average, step)
+        return updates, RecordRMSState(norms, of_params, average, step)
 
     return optax.GradientTransformation(init_fn, update_fn)
 

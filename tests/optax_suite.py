@@ -41,6 +41,11 @@ def clip_by_history(factor, scope="block", axis_name=None):
     return rmsjax.clip_by_history(factor, scope, decay=0.5, warmup_steps=1, warmup_max_norm=None, axis_name=axis_name)
 
 
+def record_rms(ema_decay, scope="block", axis_name=None):
+    """Beside the norms of the parameters."""
+    return rmsjax.record_rms(scope, ema_decay=ema_decay, relative=True, axis_name=axis_name)
+
+
 def hyperball(learning_rate, scope="block", axis_name=None):
     """Of all leaves, vectors as well."""
     inner, everything = optax.scale(-1.0), partial(jax.tree.map, lambda _: True)
@@ -54,7 +59,7 @@ ELEMENTS = {
         Element(rmsjax.clip_by_relative_rms, "max_ratio", (0.5, 0.25, 2.0, 1.0)),
         Element(clip_by_history, "factor", (1.5, 1.25, 2.0, 1.0)),
         Element(rmsjax.normalize_by_rms, "target", (0.5, 0.25, 2.0, 1.0)),
-        Element(rmsjax.record_rms, "ema_decay", (0.5, 0.25, 0.75, 0.0)),
+        Element(record_rms, "ema_decay", (0.5, 0.25, 0.75, 0.0)),
         Element(rmsjax.scale_by_stable_adam, "b1", (0.5, 0.25, 0.75, 0.0)),
         Element(rmsjax.stable_adamw, "learning_rate", (0.5, 0.25, 2.0, 1.0)),
         Element(hyperball, "learning_rate", (0.5, 0.25, 2.0, 1.0)),

@@ -209,9 +209,46 @@ MISTAKES = {
         *(lambda: tree_rms(jnp.sin), TypeError),
         *("tree_rms", "the tree", "array of numbers", "got the function sin"),
     ),
+    "a stack that is not there": (
+        *(lambda: rms_by_path({"blocks": TREE}, stacked="block"), ValueError),
+        *("rms_by_path", "stacked", "paths in the tree", "got 'block'; did you mean 'blocks'"),
+    ),
+    "a stack of the wrong type": (
+        *(lambda: rms_by_path({"blocks": TREE}, stacked=3), TypeError),
+        *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", "got 3"),
+    ),
+    "a stack along two axes": (
+        *(lambda: rms_by_path({"blocks": TREE}, stacked={"blocks": (0, 1)}), TypeError),
+        *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", r"got {'blocks': \(0, 1\)}"),
+    ),
+    "a stack along an axis that a leaf does not have": (
+        *(lambda: rms_by_path({"blocks": TREE}, stacked={"blocks": 1}), ValueError),
+        *("rms_by_path", "the axis of stacked leaf 'blocks/b'", "out of range", r"shape \(4,\)"),
+    ),
+    "stacked leaves with other numbers of layers": (
+        *(lambda: rms_by_path({"blocks": TREE}, stacked="blocks"), ValueError),
+        *("rms_by_path", "stacked leaves", "as many layers", "4 at 'blocks/w', as 'blocks/b' has", "got 2 along"),
+    ),
+    "axes for stacked leaves": (
+        *(lambda: rms_by_path({"blocks": X}, stacked="blocks", scope=(0, 1)), ValueError),
+        *("rms_by_path", "scope", "'block' or a label for a stacked leaf", r"got \(0, 1\) \(leaf 'blocks'\)"),
+    ),
+    "a label in and out of a stack": (
+        *(lambda: rms_by_path({"blocks": X, "head": X}, stacked="blocks", scope=lambda path, leaf: "a"), ValueError),
+        *(
+            "rms_by_path",
+            "leaves with one label",
+            "in one stack, or in none",
+            "'a' for leaf 'blocks' and for leaf 'head'",
+        ),
+    ),
+    "a label that is a path": (
+        *(lambda: rms_by_path(TREE, scope=lambda path, leaf: "w" if path == "b" else "block"), ValueError),
+        *("rms_by_path", "two entries", "path 'w'", "another label"),
+    ),
     "two leaves of one path": (
         *(lambda: rms_by_path({"a": {"b": X}, "a/b": X}), ValueError),
-        *("rms_by_path", "several leaves", "path 'a/b'", "another sep than '/'"),
+        *("rms_by_path", "two entries", "path 'a/b'", "another sep than '/'"),
     ),
     # optax
     "max_rms negative": (

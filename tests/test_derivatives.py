@@ -82,6 +82,9 @@ NORMS = {
     "tree_rms": lambda x: tree_rms(as_tree(x)),
     "tree_rms by label": lambda x: tree_rms(as_tree(x), lambda path, leaf: "all")["a"],
     "rms_by_path": lambda x: rmsjax.rms_by_path({"x": x})["x"],
+    "rms_by_path of a layer": lambda x: rmsjax.rms_by_path(
+        jax.tree.map(lambda leaf: leaf[None], as_tree(x)), stacked="", scope=lambda path, leaf: "all"
+    )["all/0"],
 }
 SIZES = [1.0, 1e30, 1e-30]
 

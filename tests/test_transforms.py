@@ -545,7 +545,25 @@ def test_record_keeps_the_norm_and_its_moving_average():
         np.testing.assert_array_equal(jax.tree.leaves(state.rms), norms[-1])
         np.testing.assert_allclose(jax.tree.leaves(state.ema_rms), weights @ norms / weights.sum(), rtol=1e-6)
     assert state.num_updates == 4
-    assert rmsjax.record_rms().init(PARAMS).ema_rms is None
+    state = rmsjax.record_rms().init(PARAMS)
+    assert [state.ema_rms, state.param_rms, state.ratio] == [None] * 3
+
+
+@pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)
+def test_record_relative_to_the_parameters(scope):
+    """Pooled as the updates are; where both are 0 the ratio is 0, of a step away from 0 it is infinite."""
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    updates, state = run(rmsjax.record_rms(scope, relative=True), params, at(GRADS, 1))
+    jax.tree.map(np.testing.assert_array_equal, updates, at(GRADS, 1))
+    close(state.param_rms, rmsjax.tree_rms(params, scope))
+    close(state.ratio, jax.tree.map(jnp.divide, state.rms, state.param_rms))
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    _, state = run(rmsjax.record_rms(scope, relative=True), zero, zero)
+    assert all((ratio == 0).all() for ratio in jax.tree.leaves(state.ratio))
+    _, state = run(rmsjax.record_rms(scope, relative=True), zero, PARAMS)
+    assert all(jnp.isinf(ratio).all() for ratio in jax.tree.leaves(state.ratio))
+    with pytest.raises(ValueError, match=r"record_rms: update needs the parameters: call tx.update"):
+        rmsjax.record_rms(scope, relative=True).update(PARAMS, state)
 
 
 def test_one_broken_update_breaks_the_average():
@@ -919,6 +937,7 @@ def test_injected_arrays_under_jit(name):
         (lambda: rmsjax.clip_by_relative_rms(None), TypeError, "max_ratio must be a number, got None"),
         (lambda: rmsjax.normalize_by_rms(-1), ValueError, "normalize_by_rms: target must be at least 0"),
         (lambda: rmsjax.normalize_by_rms(epsilon=-1), ValueError, "normalize_by_rms: epsilon must be at least 0"),
+        (lambda: rmsjax.record_rms(relative=0.1), TypeError, "record_rms: relative must be True or False, got 0.1"),
         (lambda: rmsjax.record_rms(ema_decay=1.0), ValueError, "record_rms: ema_decay must be below 1, got 1.0"),
         (lambda: rmsjax.record_rms(ema_decay=-0.1), ValueError, "record_rms: ema_decay must be at least 0"),
         (lambda: rmsjax.scale_by_stable_adam(1.0), ValueError, "scale_by_stable_adam: b1 must be below 1"),

@@ -1,6 +1,7 @@
 """Scopes of a tree, and the containers that a tree may be made of."""
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import flax
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from jax.sharding import PartitionSpec as P
 
 from rmsjax import rms, rms_by_path, rms_penalty, tree_rms
 from rmsjax._boxes import unboxed
@@ -166,7 +168,7 @@ def test_linen_variables():
 
 
 def test_by_path_loses_no_leaf():
-    with pytest.raises(ValueError, match=r"rms_by_path: several leaves have the path 'a/b'.*another sep than '/'"):
+    with pytest.raises(ValueError, match=r"rms_by_path: two entries have the path 'a/b'.*another sep than '/'"):
         rms_by_path({"a/b": W, "a": {"b": B}})
     assert len(rms_by_path({"a/b": W, "a": {"b": B}}, sep=".")) == 2
 
@@ -174,6 +176,104 @@ def test_by_path_loses_no_leaf():
 def test_by_path_takes_a_scope_and_works_under_jit():
     got = jax.jit(lambda t: rms_by_path(t, scope=0))(TREE)
     assert {k: v.shape for k, v in got.items()} == {"dense/bias": (1,), "dense/kernel": (1, 6), "stack": (1, 4, 5)}
+
+
+def test_by_path_has_one_entry_for_each_pool():
+    """A label is the key of what it pools: a dashboard needs no curve twice."""
+    tree = {"a": W, "b": B, "c": S}
+    got = rms_by_path(tree, scope=lambda path, leaf: "ab" if path in "ab" else "block")
+    assert list(got) == ["ab", "c"]
+    np.testing.assert_allclose([*got.values()], [pooled(W, B), pooled(S)], rtol=1e-6)
+    assert {path: float(norm) for path, norm in rms_by_path(tree, scope="global").items()} == {
+        "all": float(tree_rms(tree))
+    }
+
+
+def stack(dtype=np.float32, axis=0, depth=3):
+    """(a tree with stacked leaves, the same with a tree for each layer); leaves of a layer have 0, 1 and 2 axes."""
+    rng = np.random.default_rng(0)
+    shapes = {"bias": (5,), "kernel": (4, 5), "scale": ()}
+    layers = [{k: np.asarray(rng.normal(size=s) * 3, dtype) for k, s in shapes.items()} for _ in range(depth)]
+    rest = {"embed": np.asarray(rng.normal(size=(7, 4)), dtype), "head": np.asarray(rng.normal(size=(4,)), dtype)}
+    joined = {k: np.stack([layer[k] for layer in layers], min(axis, layers[0][k].ndim)) for k in shapes}
+    if axis:
+        del joined["scale"], joined["bias"]
+        layers = [{"kernel": layer["kernel"]} for layer in layers]
+    return rest | {"blocks": joined}, rest | {"blocks": layers}
+
+
+@pytest.mark.parametrize(("dtype", "axis"), [(jnp.float32, 0), (jnp.bfloat16, 0), (jnp.complex64, 1), (jnp.float16, 2)])
+def test_layers_of_a_stack_are_leaves_by_themselves(dtype, axis):
+    """Names, order and norms are those of the tree that has a node for each layer."""
+    tree, apart = stack(dtype, axis)
+    stacked = {"blocks": axis} if axis else "blocks"
+    got, want = jax.jit(lambda tree: rms_by_path(tree, stacked=stacked))(tree), rms_by_path(apart)
+    assert [*rms_by_path(tree, stacked=stacked)] == [*want]
+    assert all(norm.shape == () for norm in got.values())
+    for path, norm in want.items():
+        np.testing.assert_allclose(got[path], norm, rtol=1e-6)
+    assert [*rms_by_path({"net": tree}, stacked=["net.blocks"] if axis == 0 else {"net.blocks": axis}, sep=".")] == [
+        f"net.{path.replace('/', '.')}" for path in want
+    ]
+
+
+def test_the_whole_tree_may_be_a_stack():
+    assert [*rms_by_path(stack()[0]["blocks"], stacked="")][:4] == ["0/bias", "0/kernel", "0/scale", "1/bias"]
+    assert [*rms_by_path(jnp.ones((2, 3)), stacked="")] == ["0", "1"]
+    assert [*rms_by_path({"w": jnp.ones((2, 3)), "x": jnp.ones((0, 3))}, stacked=["w", "x"])] == ["w/0", "w/1"]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e37, 1e-37, np.inf, np.nan])
+def test_leaves_of_a_layer_may_be_pooled(size):
+    """Layer by layer, also at the ends of the range, though the parts have weights that differ by much."""
+    tree, apart = stack()
+    big = {"kernel": np.ones((3, 300, 40), np.float32), "scale": np.full(3, 2, np.float32)}
+    tree["blocks"] |= big
+    for k in range(3):
+        apart["blocks"][k] |= {name: leaf[k] for name, leaf in big.items()}
+    tree, apart = (jax.tree.map(lambda x: np.float32(x * np.float32(size)), each) for each in (tree, apart))
+    got = rms_by_path(tree, stacked="blocks", scope=lambda path, leaf: path.split("/")[0])
+    want = rms_by_path(apart, scope=lambda path, leaf: "/".join(path.split("/")[:2]))
+    assert [*got] == [*want] == ["blocks/0", "blocks/1", "blocks/2", "embed", "head"]
+    np.testing.assert_allclose([*got.values()], [*want.values()], rtol=1e-6)
+
+
+def test_a_wide_leaf_widens_its_layer(x64):
+    tree = {"wide": jnp.full((2, 3), 1e200), "narrow": jnp.ones((2, 3), jnp.float32)}
+    got = rms_by_path(tree, stacked="", scope=lambda path, leaf: "layer")
+    np.testing.assert_allclose(got["layer/1"], 1e200 / np.sqrt(2), rtol=1e-15)
+    assert rms_by_path(tree, stacked="")["0/narrow"].dtype == jnp.float32
+
+
+def test_layers_of_an_nnx_model():
+    @nnx.vmap(in_axes=(0, None))
+    def blocks(key, width):
+        return nnx.Linear(width, width, rngs=nnx.Rngs(key))
+
+    state = nnx.state(blocks(jax.random.split(jax.random.key(0), 2), 4), nnx.Param)
+    got = rms_by_path({"blocks": state}, stacked="blocks")
+    assert [*got] == ["blocks/0/bias", "blocks/0/kernel", "blocks/1/bias", "blocks/1/kernel"]
+    np.testing.assert_allclose(got["blocks/1/kernel"], pooled(np.asarray(state["kernel"][...])[1]), rtol=1e-6)
+
+
+def test_layers_that_are_split_over_devices():
+    """Each leaf counts as large as it is on all devices together."""
+    tree = {"split": RNG.normal(size=(3, 8, 2)).astype(np.float32), "whole": RNG.normal(size=(3, 5)).astype(np.float32)}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"split": P(None, "data"), "whole": P()}
+
+    def norms(tree):
+        return rms_by_path(tree, stacked="", scope=lambda path, leaf: "layer", axis_name="data")
+
+    got = jax.shard_map(norms, mesh=mesh, in_specs=(specs,), out_specs=P())(tree)
+    want = [pooled(tree["split"][k], tree["whole"][k]) for k in range(3)]
+    np.testing.assert_allclose([got[f"layer/{k}"] for k in range(3)], want, rtol=1e-6)
+
+
+def test_a_stack_is_not_cut_into_layers():
+    """One reduction for all of them: a slice for each would be copied on a CPU, and gathered where it is split."""
+    text = str(jax.make_jaxpr(partial(rms_by_path, stacked="w"))({"w": jnp.ones((64, 8, 8))}))
+    assert text.count("reduce_sum") < 8
 
 
 def test_wide_leaves_widen_only_their_own_pool(x64):

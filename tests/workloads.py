@@ -112,11 +112,14 @@ def clips():
 def optimizers():
     """Optimizers with a clip, by what they do, and by library; those of Optax are the nearest that it has."""
     clip, adamw, record = rmsjax.clip_by_rms(1e-3), optax.adamw(1e-3), rmsjax.record_rms()
+    ratio = rmsjax.record_rms(relative=True)
     theirs = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     return {
         "AdamW with global clip": {"rmsjax": optax.chain(clip, adamw), "optax": theirs},
         "record, clip, AdamW": {"rmsjax": optax.chain(record, clip, adamw), "optax, no record": theirs},
         "clip, AdamW, record": {"rmsjax": optax.chain(clip, adamw, record), "optax, no record": theirs},
+        "record, AdamW": {"rmsjax": optax.chain(record, adamw), "optax, no record": adamw},
+        "AdamW, record of the ratio": {"rmsjax": optax.chain(adamw, ratio), "optax, no record": adamw},
         "stable_adamw": {"rmsjax": rmsjax.stable_adamw(1e-3), "optax AdamW, no clip": adamw},
     }
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tests.accelerators.trees import program, size
+from tests.accelerators.trees import LIBRARIES, program, size
 
 pytestmark = pytest.mark.once
 
@@ -16,7 +16,7 @@ def slow(*values):
 
 
 def pair(device, tree, what):
-    return (program(device, tree, what, library) for library in ("rmsjax", "optax"))
+    return (program(device, tree, what, library) for library in LIBRARIES[what])
 
 
 @pytest.mark.parametrize("tree", [GPT2, MEDIUM])
@@ -63,6 +63,19 @@ def test_block_clip_of_small_leaves_h100(h100):
 def test_optimizers_h100(h100, tree, what, most):
     """The least is 7x for AdamW: parameters, gradients and two moments are read, all but the gradients are written."""
     assert program(h100, tree, what, "rmsjax").bytes <= most * size(tree)
+
+
+@pytest.mark.parametrize(
+    ("what", "more"),
+    [
+        ("record, AdamW", 1.05),  # gradients, which are in memory, are read once more at most
+        ("AdamW, record of the ratio", 0.1),  # steps and parameters are in registers
+    ],
+)
+def test_a_record_in_a_step(device, what, more):
+    """What is written down of large leaves beside AdamW, that of two norms of each as well."""
+    ours, optax = pair(device, LARGE, what)
+    assert ours.bytes <= optax.bytes + more * size(LARGE)
 
 
 @pytest.mark.parametrize(
