@@ -27,6 +27,7 @@ from flax import nnx
 from jax import Array
 from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
+from rmsjax import _parameters
 from rmsjax._checks import described
 from rmsjax._models import trainable
 from rmsjax._tags import blank, partition
@@ -42,6 +43,10 @@ Quantity: TypeAlias = Literal["rms", "change", "l2"]
 # Exponents of width come in halves (Yang and Hu, arXiv 2011.14522), so a slope belongs to the half that is nearest.
 _LEVEL = 0.25
 _WORDS = ("not finite", "grows", "shrinks", "level")
+
+
+def _none() -> np.ndarray:
+    return np.zeros((0, 0, 0, 0))
 
 
 class Slopes(NamedTuple):
@@ -127,6 +132,10 @@ class WidthRecord:
     change: Float[np.ndarray, "widths seeds steps layers"]
     sizes: Int[np.ndarray, "widths layers"]
     loss: Float[np.ndarray, "widths seeds steps"]
+    parameters: tuple[str, ...] = ()
+    parameter_norms: Float[np.ndarray, "widths seeds steps parameters"] = dataclasses.field(default_factory=_none)
+    parameter_changes: Float[np.ndarray, "widths seeds steps parameters"] = dataclasses.field(default_factory=_none)
+    effects: Float[np.ndarray, "widths seeds parameters layers"] = dataclasses.field(default_factory=_none)
 
     @property
     def steps(self) -> int:
@@ -251,8 +260,11 @@ class WidthRecord:
     def load(cls, path: str | PathLike[str]) -> WidthRecord:
         """The record that `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {field.name: file[field.name] for field in dataclasses.fields(cls)}
-        return cls(tuple(map(str, arrays.pop("layers"))), **arrays)
+            arrays: dict[str, Any] = {
+                field.name: file[field.name] for field in dataclasses.fields(cls) if field.name in file
+            }
+        names = {name: tuple(map(str, arrays.pop(name, ()))) for name in ("layers", "parameters")}
+        return cls(**names, **arrays)
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -343,7 +355,7 @@ def coord_check(
         def train(arrays: list[Array], key: Array) -> _Measured:
             return _train(partial(make_model, width), optimizers[width], loss, steps, join(arrays), key)
 
-        return jax.device_get(jax.jit(jax.vmap(train, in_axes=(None, 0)))(arrays, keys))
+        return jax.device_get(jax.jit(lambda arrays, keys: jax.lax.map(partial(train, arrays), keys))(arrays, keys))
 
     return _record("coord_check", widths, seeds, [trained(width) for width in _with_bar(widths, progress)])
 
@@ -388,12 +400,18 @@ _Activations: TypeAlias = "OrderedDict[str, Array]"  # each with the axes (*loop
 
 
 class _Measured(NamedTuple):
-    """What one width gives, by activation: arrays over (seeds, steps, *loops); loops are those of an `nnx.scan`."""
+    """What one width gives, by activation: arrays over (seeds, steps, *loops); loops are those of an `nnx.scan`.
+
+    Those of parameters are by parameter, over (seeds, steps).
+    """
 
     rms: OrderedDict[str, Any]
     change: OrderedDict[str, Any]
     sizes: OrderedDict[str, Any]
     loss: Any
+    parameter_norms: Any = OrderedDict()
+    parameter_changes: Any = OrderedDict()
+    effects: Any = OrderedDict()  # by activation: arrays over (seeds, parameters, *loops)
 
 
 def _train(
@@ -420,21 +438,27 @@ def _train(
             error.add_note(f"coord_check: loss was given output, {described(output)}, and target, {described(target)}")
             raise
 
+    _, shapes = jax.eval_shape(objective, params)
+    initial, chosen = params, _parameters.parameters(params, shapes)
+
     def step(carry: Any, index: Array) -> tuple[Any, Any]:
-        params, state, first = carry
+        params, state, first, moved = carry
         (value, now), grads = jax.value_and_grad(objective, has_aux=True)(params)
         # Step 0 is run by the same program as all others, so what did not learn has changed by 0, not by rounding.
         first = jax.tree.map(lambda new, old: jnp.where(index == 0, new, old), now, first)
         # Some optimizers ask for more than the gradient: a schedule for the loss, a line search for the function.
         more = {"value": value, "grad": grads, "value_fn": lambda params: objective(params)[0]}
         updates, state = optimizer.update(grads, state, params, **more)
-        norms = _norms((now, jax.tree.map(_difference, now, first)))
-        return (optax.apply_updates(params, updates), state, first), (norms, value)
+        norms = _norms(now), _norms_of_change(now, first)
+        sizes = _parameters.sizes(chosen, [params, jax.tree.map(_difference, params, initial)])
+        params = optax.apply_updates(params, updates)
+        moved = _parameters.first_moves(initial, moved, params)
+        return (params, state, first, moved), (norms, sizes, value)
 
-    _, shapes = jax.eval_shape(objective, params)
-    start = params, optimizer.init(params), blank(shapes)
-    _, ((rms, change), losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
-    return _Measured(rms, change, _sizes(shapes), losses)
+    start = params, optimizer.init(params), blank(shapes), initial
+    (_, _, _, moved), ((rms, change), sizes, losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
+    effects = _parameters.effects(chosen, lambda params: objective(params)[1], _norms_of_change, initial, moved)
+    return _Measured(rms, change, _sizes(shapes), losses, *sizes, effects)
 
 
 def _measure(args: tuple[Any, ...], model: Any) -> _Measured:
@@ -454,6 +478,10 @@ def _norms(activations: Any) -> Any:
     return jax.tree.map(lambda norm: norm.reshape(norm.shape[:-2]), tree_rms(activations, (-2, -1)))
 
 
+def _norms_of_change(activations: Any, first: Any) -> Any:
+    return _norms(jax.tree.map(_difference, activations, first))
+
+
 def _difference(x: Array, y: Array) -> Array:
     """x - y in float32 at least, in which float16 does not overflow."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
@@ -466,27 +494,40 @@ def _sizes(activations: _Activations) -> OrderedDict[str, Array]:
 
 def _record(function: str, widths: list[int], seeds: list[int], measured: list[_Measured]) -> WidthRecord:
     """What was measured at each width, as arrays; each iteration of a loop is a layer of its own."""
-    tables: list[dict[str, tuple[Any, Any, int]]] = []
+    tables: list[dict[str, tuple[Any, ...]]] = []
     for at_width in measured:
-        table: dict[str, tuple[Any, Any, int]] = {}
+        table: dict[str, tuple[Any, ...]] = {}
         for name, rms in at_width.rms.items():
+            effects = at_width.effects.get(name, np.zeros((len(seeds), 0, *rms.shape[2:])))
             for i in np.ndindex(rms.shape[2:]):
                 label = name + "".join(f"[{k}]" for k in i)
-                table[label] = (rms[:, :, *i], at_width.change[name][:, :, *i], at_width.sizes[name].flat[0])
+                change = at_width.change[name]
+                table[label] = (rms[:, :, *i], change[:, :, *i], effects[:, :, *i], at_width.sizes[name].flat[0])
         tables.append(table)
-    layers = tuple(tables[0])
-    for width, table in zip(widths, tables, strict=True):
-        if different := set(layers) ^ set(table):
-            raise ValueError(
-                f"{function}: the model must have the same layers at every width; "
-                f"at widths {widths[0]} and {width} they differ in {sorted(different)}"
-            )
+    layers, parameters = tuple(tables[0]), tuple(measured[0].parameter_norms)
+    for width, table, at_width in zip(widths, tables, measured, strict=True):
+        for kind, first, now in (("layers", layers, table), ("parameters", parameters, at_width.parameter_norms)):
+            if different := set(first) ^ set(now):
+                raise ValueError(
+                    f"{function}: the model must have the same {kind} at every width; "
+                    f"at widths {widths[0]} and {width} they differ in {sorted(different)}"
+                )
     columns = [[np.stack(column, -1) for column in zip(*map(table.get, layers), strict=True)] for table in tables]
-    rms, change, sizes = (np.stack(parts) for parts in zip(*columns, strict=True))
-    losses = np.stack([at_width.loss for at_width in measured])
-    return WidthRecord(
-        layers, np.array(widths), np.array(seeds), rms.astype(float), change.astype(float), sizes, losses.astype(float)
+    rms, change, effects, sizes = (np.stack(parts) for parts in zip(*columns, strict=True))
+    shape = (len(seeds), rms.shape[2])
+
+    def by_parameter(norms: Mapping[str, Any]) -> np.ndarray:
+        return np.stack([norms[name] for name in parameters], -1) if parameters else np.zeros((*shape, 0))
+
+    norms, changes = (
+        np.stack([by_parameter(getattr(at_width, field)) for at_width in measured]).astype(float)
+        for field in ("parameter_norms", "parameter_changes")
     )
+    losses = np.stack([at_width.loss for at_width in measured]).astype(float)
+    return WidthRecord(
+        layers, np.array(widths), np.array(seeds), rms.astype(float), change.astype(float), sizes, losses,
+        parameters, norms, changes, effects.astype(float),
+    )  # fmt: skip
 
 
 def _check_takes(argument: str, function: Any, takes: tuple[str, ...], example: str) -> None:

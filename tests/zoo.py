@@ -42,7 +42,7 @@ def vectors(examples=64, inputs=16):
     return x.astype(np.float32), np.argmax(np.tanh(x @ kernels[0]) @ kernels[1], -1).astype(np.int32)
 
 
-def images(examples=16, side=8):
+def images(examples=16, side=4):
     """Smooth random images of three channels, and the quadrant that is the brightest in the first or second."""
     rng = np.random.default_rng(0)
     coarse = rng.normal(size=(examples, 4, 4, 3))
@@ -346,7 +346,7 @@ class Config:
     def check(self, **kwargs):
         """What `coord_check` says of it."""
         batch = BATCHES.get(self.model, vectors)()
-        widths = tuple(width // 2 for width in WIDTHS) if self.model == "conv" else WIDTHS
+        widths = (32, 64, 128) if self.model == "conv" else WIDTHS
         return rmsjax.coord_check(
             self.make_model, batch, make_optimizer=partial(optimizer_of, self), progress=False,
             loss=optax.softmax_cross_entropy_with_integer_labels, **{"widths": widths} | kwargs,

@@ -1,4 +1,5 @@
-"""Run all benchmarks, or those that are named, and print one table in markdown. `gpu` has options of its own."""
+"""Run all benchmarks, or those that are named, and print one table in markdown. `gpu` and `mistakes` have
+options of their own."""
 
 import argparse
 import importlib
@@ -29,8 +30,8 @@ def function(name):
 
 
 def main():
-    if sys.argv[1:2] == ["gpu"]:
-        return function("gpu.main")(sys.argv[2:])
+    if sys.argv[1:2] in (["gpu"], ["mistakes"]):
+        return function(f"{sys.argv[1]}.main")(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="all without a name")
     chosen = parser.parse_args().sections or list(SECTIONS)
