@@ -55,7 +55,10 @@ def images(examples=16, side=4):
 
 
 class Scaled(nnx.Module):
-    """A linear map of what it is given times a multiplier, or, with `after`, the multiple of what it gives."""
+    """A linear map of what it is given times a multiplier, or, with `after`, the multiple of what it gives.
+
+    With `after` the map has no bias, which would be multiplied as well, and want a learning rate of its own.
+    """
 
     def __init__(self, linear, multiplier, *, after=False):
         self.linear, self.multiplier, self.after = linear, multiplier, after
@@ -67,7 +70,7 @@ class Scaled(nnx.Module):
 def readout(width, outputs, rngs, *, zero=True, after=False, scale=0.0, power=-1.0):
     """Initial values and learning rate do not depend on the width, and the multiplier is 1/width: all as in table 8."""
     init = nnx.initializers.zeros if zero else nnx.initializers.normal(BASE**-0.5)
-    linear = nnx.Linear(width, outputs, kernel_init=init, rngs=rngs)
+    linear = nnx.Linear(width, outputs, use_bias=not after, kernel_init=init, rngs=rngs)
     return Scaled(linear, factor(width, power + scale), after=after)
 
 
@@ -80,7 +83,7 @@ class MLPBlock(nnx.Module):
     def __init__(self, width, rngs, *, norm=None, activation=jax.nn.relu, ntk=None):
         self.norm = norm_of(norm, width, rngs)
         self.activation = activation
-        linear = partial(nnx.Linear, width, width, rngs=rngs)
+        linear = partial(nnx.Linear, width, width, use_bias=ntk != "after", rngs=rngs)
         self.up, self.down = linear(), linear()
         if ntk:
             self.up, self.down = (

@@ -1,0 +1,255 @@
+"""What a record of several widths says about the parametrisation: the causes, before what follows from them.
+
+What is judged, each by its exponent of the width:
+
+1. The RMS norm of every activation before training. It is level where the initial scale is right.
+2. What the first change of each parameter does, with all other parameters as they were: to the output of its own
+   layer, where it is level if the learning rate is right, whatever the learning rates of others are; and further on,
+   where it stays level if nothing on the way enlarges it.
+3. Where all this is level, what several steps together do to each activation.
+
+An initial scale that is wrong changes what comes after it, and gradients before it, so it is a cause before any
+learning rate. A parameter that moves later than others (since the readout starts at 0, say) follows them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from scipy.special import stdtrit  # jax brings scipy, as it does numpy
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from rmsjax._coord_check import WidthRecord
+
+# Exponents of width come in halves (Yang and Hu, arXiv 2011.14522), so a slope belongs to the half that is nearest.
+LEVEL = 0.25
+SURE = 0.125  # and is a finding only if its whole interval is beyond this
+_NOISE = 1e-6  # of the norm of an activation: what rounding does to it
+
+Kind: TypeAlias = Literal["not finite", "initial scale", "learning rate", "passes on", "training"]
+
+
+class Slopes(NamedTuple):
+    """Exponents of width: their means over seeds, and the ends of the 95 % interval of Student's t around them."""
+
+    mean: Float[np.ndarray, "steps layers"]
+    low: Float[np.ndarray, "steps layers"]
+    high: Float[np.ndarray, "steps layers"]
+
+
+class Finding(NamedTuple):
+    """Something that depends on the width: of which parameter or layer, what about it, as which power, and where.
+
+    The interval is that of the power; the layer is the one at whose output it was seen.
+    """
+
+    name: str
+    kind: Kind
+    power: float
+    low: float
+    high: float
+    layer: str
+
+    def __str__(self) -> str:
+        if self.kind == "not finite":
+            return f"{self.name}: not finite"
+        half = round(2 * self.power) / 2
+        power, inverse = f"width^{self.power:+.2f}", f"width^{abs(half):g}"
+        action = f"divide it by {inverse}" if half > 0 else f"multiply it by {inverse}"
+        verb = "grows" if self.power > 0 else "shrinks"
+        if self.kind == "initial scale":
+            where = "" if self.layer == self.name else f" (seen in {self.layer})"
+            return f"{self.name}: its initial scale {verb} as {power}{where}: {action}"
+        if self.kind == "learning rate":
+            return f"{self.name}: its change {verb} as {power}: {action.replace('it', 'its learning rate', 1)}"
+        if self.kind == "passes on":
+            return f"{self.name}: enlarges changes that it is given as {power}: {action.replace('it', 'its scale', 1)}"
+        return f"{self.name}: its change in {'training'} {verb} as {power}"
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def exponents(widths: np.ndarray, values: Any) -> np.ndarray:
+    """The least-squares slope of log values against log widths along the first axis; 0 where all are 0."""
+    x, y = np.log(widths) - np.mean(np.log(widths)), logs(np.asarray(values))
+    return np.tensordot(x, y - y[0], 1) / np.sum(x**2)  # less the first, so that of equal values it is exactly 0
+
+
+def logs(values: np.ndarray) -> np.ndarray:
+    """Logarithms in which 0 counts as the smallest normal number: 0 at some widths only is a steep slope, not NaN."""
+    found = np.log(np.maximum(values, np.finfo(np.float32).tiny, dtype=np.float64))
+    return np.where(np.isfinite(values), found, np.nan)
+
+
+def over_seeds(by_seed: np.ndarray) -> Slopes:
+    mean, count = np.mean(by_seed, axis=0), len(by_seed)
+    if count == 1:
+        return Slopes(mean, np.full_like(mean, -np.inf), np.full_like(mean, np.inf))
+    half = stdtrit(count - 1, 0.975) * np.std(by_seed, axis=0, ddof=1) / math.sqrt(count)
+    return Slopes(mean, mean - half, mean + half)
+
+
+def beyond(slopes: Slopes, level: float = LEVEL) -> np.ndarray:
+    """1 where a slope is a finding that grows, -1 where it is one that shrinks, else 0."""
+    far = (np.abs(slopes.mean) > level) & (np.maximum(slopes.low, -slopes.high) > level - LEVEL + SURE)
+    return np.where(far, np.sign(slopes.mean), 0).astype(int)
+
+
+# ------------------------------------------------------------------------------------------------------------ judgement
+
+
+class _Layers:
+    """The layers of a record in the order of the program, and which of them hold one another."""
+
+    def __init__(self, record: WidthRecord) -> None:
+        self.names = record.layers
+        self.parts = [_parts(name) for name in self.names]
+        self.order = _program_order([index for _, index in self.parts])
+        self.place = {k: i for i, k in enumerate(self.order)}
+        self.is_sum = np.all(record.sizes == record.sizes[0], axis=0)  # over the width, as its own size shows none
+        self.outer = list(range(len(self.names)))
+        for k, after in reversed(list(zip(self.order, self.order[1:], strict=False))):
+            same = np.array_equal(record.sizes[:, k], record.sizes[:, after])
+            if same and self._holds(after, k, last=self.order[-1]):
+                self.outer[k] = self.outer[after]
+
+    def _holds(self, outer: int, inner: int, last: int) -> bool:
+        (path, index), (inside, other) = self.parts[outer], self.parts[inner]
+        return outer == last or (index == other and inside[: len(path)] == path)
+
+    def judged(self) -> Iterator[int]:
+        """Those whose output is used as it is, not by a module around it that only scales it."""
+        return (k for k in self.order if self.outer[k] == k)
+
+    def owner(self, parameter: str) -> int | None:
+        path, index = _parts(parameter)
+        for n in range(len(path) - 1, 0, -1):
+            for k, (parts, own) in enumerate(self.parts):
+                if parts == path[:n] and own == index:
+                    return k
+        return None
+
+
+def _parts(name: str) -> tuple[list[str], tuple[int, ...]]:
+    """A path, and the iterations of loops behind it."""
+    path, loops = re.fullmatch(r"(.*?)((?:\[\d+\])*)", name, re.DOTALL).groups()  # pyright: ignore
+    return path.split("/"), tuple(map(int, re.findall(r"\d+", loops)))
+
+
+def _program_order(loops: list[tuple[int, ...]]) -> list[int]:
+    """Layers of a loop come together: all of its first iteration, then all of its second."""
+    order: list[int] = []
+    start = 0
+    for k in range(1, len(loops) + 1):
+        if k == len(loops) or bool(loops[k]) != bool(loops[start]):
+            order += sorted(range(start, k), key=lambda i: loops[i])
+            start = k
+    return order
+
+
+def judge(record: WidthRecord) -> list[Finding]:
+    """The causes, the first one first; none if all is level."""
+    layers = _Layers(record)
+    values = np.stack([record.rms, record.change])
+    for k in layers.order:
+        if not np.all(np.isfinite(values[..., -1, k])):
+            return [Finding(record.layers[k], "not finite", np.nan, np.nan, np.nan, record.layers[k])]
+    effects = _Effects(record, layers)
+    found = _initial(record, layers, effects) or _enlarged(record, layers, effects) or _rates(record, layers, effects)
+    return found or _training(record, layers)
+
+
+class _Effects:
+    """What the first change of each parameter does to each layer, as exponents; and where its own layer is."""
+
+    def __init__(self, record: WidthRecord, layers: _Layers) -> None:
+        count = len(record.parameters)
+        self.by_seed = exponents(record.widths, record.effects) if count else np.zeros((1, 0, len(layers.names)))
+        relative = record.effects / np.where(record.rms[:, :, :1] > 0, record.rms[:, :, :1], 1) if count else None
+        self.reaches = np.zeros((0, len(layers.names)), bool) if relative is None else np.all(relative > _NOISE, (0, 1))
+        self.own: list[int | None] = []
+        for p, name in enumerate(record.parameters):
+            reached = [k for k in layers.order if self.reaches[p, k]]
+            owner = layers.owner(name)
+            own = owner if owner in reached or not reached else reached[0]
+            self.own.append(own)
+        moves = np.any(record.parameter_changes != 0, axis=(0, 1))  # [steps, parameters]
+        self.step = [int(np.argmax(moves[:, p])) if moves[:, p].any() else record.steps + 1 for p in range(count)]
+
+    def owned(self, layers: _Layers, layer: int) -> list[int]:
+        """The parameters of a layer, or of one in it whose output it scales."""
+        return [p for p, own in enumerate(self.own) if own is not None and layers.outer[own] == layers.outer[layer]]
+
+
+def _blamed(record: WidthRecord, layers: _Layers, effects: _Effects, layer: int) -> str | None:
+    """The parameter of a layer that is not 0 at the start, and has the largest norm; the layer itself if it has none."""
+    start = record.parameter_norms[:, :, 0] if record.parameters else None
+    own = [p for p in effects.owned(layers, layer) if start is not None and np.all(start[..., p] > 0)]
+    own = [p for p in own if not record.parameters[p].split("[")[0].endswith("bias")]
+    return record.parameters[own[0]] if own else None
+
+
+def _initial(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Finding]:
+    slopes = over_seeds(exponents(record.widths, record.rms[:, :, 0]))
+    signs = beyond(slopes)
+    for k in layers.judged():
+        # Sums over the width of what is random at the start are meant to vanish: a readout, attention scores.
+        if signs[k] > 0 or (signs[k] < 0 and not layers.is_sum[k]):
+            name = _blamed(record, layers, effects, k) or record.layers[k]
+            return [Finding(name, "initial scale", *(float(v[k]) for v in slopes), record.layers[k])]
+    return []
+
+
+def _enlarged(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Finding]:
+    judged = list(layers.judged())
+    found: dict[int, list[np.ndarray]] = {}
+    for p, own in enumerate(effects.own):
+        if own is None or not effects.reaches[p, own]:
+            continue
+        start = layers.outer[own]
+        for k in judged:
+            if layers.place[k] <= layers.place[start] or not effects.reaches[p, k]:
+                continue
+            gain = effects.by_seed[:, p, k] - effects.by_seed[:, p, start]
+            if beyond(over_seeds(gain)) > 0:
+                found.setdefault(k, []).append(gain)
+                break
+    if not found:
+        return []
+    k = min(found, key=layers.place.__getitem__)
+    slopes = over_seeds(max(found[k], key=np.mean))
+    name = _blamed(record, layers, effects, k)
+    kind: Kind = "initial scale" if name else "passes on"
+    return [Finding(name or record.layers[k], kind, *(float(v) for v in slopes), record.layers[k])]
+
+
+def _rates(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Finding]:
+    found: list[tuple[int, int, Finding]] = []
+    for p, (name, own) in enumerate(zip(record.parameters, effects.own, strict=True)):
+        if own is None or not effects.reaches[p, own]:
+            continue
+        k = layers.outer[own]
+        k = k if effects.reaches[p, k] else own
+        slopes = over_seeds(effects.by_seed[:, p, k])
+        if beyond(slopes):
+            finding = Finding(name, "learning rate", *(float(v) for v in slopes), record.layers[k])
+            found.append((effects.step[p], layers.place[k], finding))
+    found.sort(key=lambda entry: entry[:2])
+    return [finding for step, _, finding in found if step == found[0][0]]
+
+
+def _training(record: WidthRecord, layers: _Layers) -> list[Finding]:
+    slopes = over_seeds(exponents(record.widths, record.change[:, :, -1]))
+    for k in layers.judged():
+        least = -LEVEL if not layers.is_sum[k] else -3 * LEVEL
+        sign = int(beyond(Slopes(*(v[k] for v in slopes)), LEVEL))
+        if sign > 0 or (sign < 0 and slopes.mean[k] < least):
+            return [Finding(record.layers[k], "training", *(float(v[k]) for v in slopes), record.layers[k])]
+    return []
