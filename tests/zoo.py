@@ -262,7 +262,7 @@ def right_rate(optimizer, path):
     """The power of the width that the learning rate of a parameter has in muP."""
     if optimizer in ("sgd", "momentum"):
         return 0.0 if is_hidden(path) or path in _FINITE else 1.0
-    by_muon = optimizer == "muon" and "block" in path and "first" not in path and "second" not in path
+    by_muon = optimizer == "muon" and not path.endswith(("first/kernel", "second/kernel"))  # those have four axes
     return -1.0 if is_hidden(path) and not by_muon else 0.0
 
 
