@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from rmsjax._tags import blank
 from rmsjax._tree import leaf_paths, tree_rms
 
 _POWERS = 8  # of the power iteration: exponents of the width need few digits
@@ -59,10 +59,10 @@ def sizes(chosen: list[Parameter], trees: Sequence[Any]) -> list[OrderedDict[str
 
     All matrices share one power iteration; of a random matrix it finds some percent too little, at every width.
     """
-    arrays = [x if p.layer is None else x[p.layer] for tree in map(jax.tree.leaves, trees) for p, x in _pairs(chosen, tree)]
+    arrays = [_of(p, leaves) for leaves in map(jax.tree.leaves, trees) for p in chosen]
     norms = tree_rms(arrays, "block")
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for k, (p, x) in enumerate(zip(list(chosen) * len(trees), arrays, strict=True)):
+    for k, (p, x) in enumerate(zip(chosen * len(trees), arrays, strict=True)):
         if p.in_axes is not None:
             alike[math.prod(x.shape[: p.in_axes]), math.prod(x.shape[p.in_axes :])].append(k)
     for shape, members in alike.items():
@@ -99,8 +99,9 @@ def _plain_rms(x: Array) -> Array:
     return jnp.sqrt(jnp.mean(jnp.abs(x) ** 2, -1, keepdims=True))
 
 
-def _pairs(chosen, leaves):
-    return [(p, leaves[p.leaf]) for p in chosen]
+def _of(parameter: Parameter, leaves: list[Array]) -> Array:
+    leaf = leaves[parameter.leaf]
+    return leaf if parameter.layer is None else leaf[parameter.layer]
 
 
 def first_moves(start: Any, moved: Any, now: Any) -> Any:
@@ -137,6 +138,5 @@ def effects(
         first = jax.tree.map(lambda new, old: jnp.where(unit[0] < 0, new, old), now, first)
         return first, norms_of_change(now, first)
 
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(partial(activations_of), start))
-    _, norms = lax.scan(run, blank, units)
+    _, norms = lax.scan(run, blank(jax.eval_shape(activations_of, start)), units)
     return jax.tree.map(lambda x: x[1:], norms)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Exponents of width come in halves (Yang and Hu, arXiv 2011.14522), so a slope belongs to the half that is nearest.
 LEVEL = 0.25
 SURE = 0.125  # and is a finding only if its whole interval is beyond this
+_GONE = -0.75  # a sum over the width of random terms shrinks by the root of the width, a mean's change is level
 _NOISE = 1e-6  # of the norm of an activation: what rounding does to it
 
 Kind: TypeAlias = Literal["not finite", "initial scale", "learning rate", "passes on", "training"]
@@ -56,21 +57,25 @@ class Finding(NamedTuple):
     high: float
     layer: str
 
+    @property
+    def word(self) -> str:
+        return "not finite" if self.kind == "not finite" else "grows" if self.power > 0 else "shrinks"
+
     def __str__(self) -> str:
         if self.kind == "not finite":
             return f"{self.name}: not finite"
-        half = round(2 * self.power) / 2
-        power, inverse = f"width^{self.power:+.2f}", f"width^{abs(half):g}"
-        action = f"divide it by {inverse}" if half > 0 else f"multiply it by {inverse}"
-        verb = "grows" if self.power > 0 else "shrinks"
-        if self.kind == "initial scale":
-            where = "" if self.layer == self.name else f" (seen in {self.layer})"
-            return f"{self.name}: its initial scale {verb} as {power}{where}: {action}"
-        if self.kind == "learning rate":
-            return f"{self.name}: its change {verb} as {power}: {action.replace('it', 'its learning rate', 1)}"
-        if self.kind == "passes on":
-            return f"{self.name}: enlarges changes that it is given as {power}: {action.replace('it', 'its scale', 1)}"
-        return f"{self.name}: its change in {'training'} {verb} as {power}"
+        nearest = abs(round(2 * self.power) / 2)
+        interval = f" ±{self.high - self.power:.2f}" if math.isfinite(self.high) else ""
+        scales = f"{self.word} as width^{self.power:+.2f}{interval}"
+        does = "divide" if self.power > 0 else "multiply"
+        seen = "" if self.layer == self.name else f" in {self.layer}"
+        by = f"by width^{nearest:g}"
+        return f"{self.name}: " + {
+            "initial scale": f"its initial scale {scales}{seen}: {does} it {by}",
+            "learning rate": f"its change {scales}{seen}: {does} its learning rate {by}",
+            "passes on": f"what it makes of changes before it {scales}: {does} its scale {by}",
+            "training": f"its change over all steps {scales}",
+        }[self.kind]
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -98,7 +103,9 @@ def over_seeds(by_seed: np.ndarray) -> Slopes:
 
 def beyond(slopes: Slopes, level: float = LEVEL) -> np.ndarray:
     """1 where a slope is a finding that grows, -1 where it is one that shrinks, else 0."""
-    far = (np.abs(slopes.mean) > level) & (np.maximum(slopes.low, -slopes.high) > level - LEVEL + SURE)
+    nearest = np.maximum(slopes.low, -slopes.high)
+    sure = (nearest > level - LEVEL + SURE) | ~np.isfinite(nearest)  # a single seed says nothing against it
+    far = (np.abs(slopes.mean) > level) & sure
     return np.where(far, np.sign(slopes.mean), 0).astype(int)
 
 
@@ -117,12 +124,13 @@ class _Layers:
         self.outer = list(range(len(self.names)))
         for k, after in reversed(list(zip(self.order, self.order[1:], strict=False))):
             same = np.array_equal(record.sizes[:, k], record.sizes[:, after])
-            if same and self._holds(after, k, last=self.order[-1]):
+            if same and self._holds(after, k):
                 self.outer[k] = self.outer[after]
 
-    def _holds(self, outer: int, inner: int, last: int) -> bool:
+    def _holds(self, outer: int, inner: int) -> bool:
         (path, index), (inside, other) = self.parts[outer], self.parts[inner]
-        return outer == last or (index == other and inside[: len(path)] == path)
+        is_model = outer == self.order[-1] and bool(self.is_sum[outer])  # which has the name of its type, and no path
+        return is_model or (index == other and inside[: len(path)] == path)
 
     def judged(self) -> Iterator[int]:
         """Those whose output is used as it is, not by a module around it that only scales it."""
@@ -162,8 +170,12 @@ def judge(record: WidthRecord) -> list[Finding]:
         if not np.all(np.isfinite(values[..., -1, k])):
             return [Finding(record.layers[k], "not finite", np.nan, np.nan, np.nan, record.layers[k])]
     effects = _Effects(record, layers)
-    found = _initial(record, layers, effects) or _enlarged(record, layers, effects) or _rates(record, layers, effects)
-    return found or _training(record, layers)
+    rates = _rates(record, layers, effects)
+    found = _initial(record, layers, effects)
+    if not found and (found := _enlarged(record, layers, effects)):
+        # What is before that layer has gradients that follow from it; its own learning rate is another matter.
+        found += [finding for finding in rates if finding.layer == found[0].layer]
+    return found or rates or _training(record, layers)
 
 
 class _Effects:
@@ -248,8 +260,31 @@ def _rates(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Find
 def _training(record: WidthRecord, layers: _Layers) -> list[Finding]:
     slopes = over_seeds(exponents(record.widths, record.change[:, :, -1]))
     for k in layers.judged():
-        least = -LEVEL if not layers.is_sum[k] else -3 * LEVEL
-        sign = int(beyond(Slopes(*(v[k] for v in slopes)), LEVEL))
-        if sign > 0 or (sign < 0 and slopes.mean[k] < least):
+        sign = beyond(slopes)[k]
+        if sign > 0 or (sign < 0 and not (layers.is_sum[k] and slopes.mean[k] > _GONE)):
             return [Finding(record.layers[k], "training", *(float(v[k]) for v in slopes), record.layers[k])]
     return []
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def words(record: WidthRecord, at: Literal["mean", "low", "high", None] = None) -> list[str]:
+    """What each layer does at the last step, by the rule for findings, or with slopes as they are at one end.
+
+    A layer whose output a module around it scales does what that module does.
+    """
+    layers = _Layers(record)
+    start, rms, change = (
+        over_seeds(exponents(record.widths, values))
+        for values in (record.rms[:, :, 0], record.rms[:, :, -1], record.change[:, :, -1])
+    )
+    if at is not None:
+        start, rms, change = (Slopes(*[getattr(slopes, at)] * 3) for slopes in (start, rms, change))
+    changes = np.any(record.change[:, :, -1] != 0, axis=(0, 1))
+    finite = np.all(np.isfinite(record.rms[:, :, -1] + record.change[:, :, -1]), axis=(0, 1))
+    grows = (beyond(rms) > 0) | (beyond(change) > 0)
+    vanishes = np.where(layers.is_sum, changes & (change.mean < _GONE), True)
+    shrinks = vanishes & ((beyond(start) < 0) | (changes & (beyond(change) < 0)))
+    found = np.select([~finite, grows, shrinks], ["not finite", "grows", "shrinks"], "level")
+    return [str(found[k if not finite[k] else layers.outer[k]]) for k in range(len(found))]
