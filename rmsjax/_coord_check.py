@@ -463,9 +463,9 @@ def _train(
         updates, state = optimizer.update(grads, state, params, **more)
         norms = _norms(now), _norms_of_change(now, first)
         sizes = _parameters.sizes(chosen, [params, jax.tree.map(_difference, params, initial)])
-        params = optax.apply_updates(params, updates)
-        moved = _parameters.first_moves(initial, moved, params)
-        return (params, state, first, moved), (norms, sizes, value)
+        after: Any = optax.apply_updates(params, updates)
+        moved = _parameters.first_moves(initial, moved, grads, params, after)
+        return (after, state, first, moved), (norms, sizes, value)
 
     start = params, optimizer.init(params), blank(shapes), initial
     (_, _, _, moved), ((rms, change), sizes, losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))

@@ -104,9 +104,17 @@ def _of(parameter: Parameter, leaves: list[Array]) -> Array:
     return leaf if parameter.layer is None else leaf[parameter.layer]
 
 
-def first_moves(start: Any, moved: Any, now: Any) -> Any:
-    """Each leaf as it was when it first differed from the start: as `moved` has it, else as it is now."""
-    return jax.tree.map(lambda s, m, n: jnp.where(jnp.any(m != s), m, n), start, moved, now)
+def first_moves(start: Any, moved: Any, grads: Any, before: Any, after: Any) -> Any:
+    """Each leaf moved from the start as it is moved by the first step in which it has a gradient.
+
+    Before that a parameter may move as well: weight decay does not wait for a gradient.
+    """
+
+    def first(start: Array, moved: Array, grad: Array, before: Array, after: Array) -> Array:
+        now = jnp.where(jnp.any(grad != 0), start + (after - before), start)
+        return jnp.where(jnp.any(moved != start), moved, now)
+
+    return jax.tree.map(first, start, moved, grads, before, after)
 
 
 def effects(

@@ -68,11 +68,11 @@ class Finding(NamedTuple):
         interval = f" ±{self.high - self.power:.2f}" if math.isfinite(self.high) else ""
         scales = f"{self.word} as width^{self.power:+.2f}{interval}"
         does = "divide" if self.power > 0 else "multiply"
-        seen = "" if self.layer == self.name else f" in {self.layer}"
+        seen = "" if self.layer == self.name else f", seen in {self.layer}"
         by = f"by width^{nearest:g}"
         return f"{self.name}: " + {
             "initial scale": f"its initial scale {scales}{seen}: {does} it {by}",
-            "learning rate": f"its change {scales}{seen}: {does} its learning rate {by}",
+            "learning rate": f"its change {scales}: {does} its learning rate {by}",
             "passes on": f"what it makes of changes before it {scales}: {does} its scale {by}",
             "training": f"its change over all steps {scales}",
         }[self.kind]
@@ -192,7 +192,9 @@ class _Effects:
             owner = layers.owner(name)
             own = owner if owner in reached or not reached else reached[0]
             self.own.append(own)
-        moves = np.any(record.parameter_changes != 0, axis=(0, 1))  # [steps, parameters]
+        changes = record.parameter_changes
+        # Weight decay moves a little what has no gradient yet.
+        moves = np.any(changes > 0.05 * np.max(changes, 2, keepdims=True, initial=0), axis=(0, 1))
         self.step = [int(np.argmax(moves[:, p])) if moves[:, p].any() else record.steps + 1 for p in range(count)]
 
     def owned(self, layers: _Layers, layer: int) -> list[int]:

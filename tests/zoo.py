@@ -115,8 +115,8 @@ class ScannedMLP(nnx.Module):
 
     def __init__(self, width, rngs, *, blocks=2, scale=None, **last):
         self.embed = nnx.Linear(16, width, rngs=rngs)
-        rngs_of_blocks = rngs.fork(split=blocks)
-        self.blocks = nnx.vmap(lambda rngs: MLPBlock(width, rngs, norm="rms"))(rngs_of_blocks)
+        stacked = nnx.split_rngs(splits=blocks)(nnx.vmap(lambda rngs: MLPBlock(width, rngs, norm="rms")))
+        self.blocks = stacked(rngs)
         self.readout = readout(width, CLASSES, rngs, scale=(scale or {}).get("readout", 0), **last)
 
     def __call__(self, x):

@@ -34,10 +34,8 @@ def configs():
     return [*zoo.MISTAKES, *zoo.RIGHT]
 
 
-def first_cause(record):
-    """What is named first, and in which words."""
-    layer = next((layer for layer, word in record.verdicts.items() if word == record.verdict), "")
-    return layer, f"{layer} {record.verdict}"
+def is_chosen(config, names):
+    return not names or any(fnmatch(f"{config.model} {config.name}", name) for name in names)
 
 
 def score(sets, folder, index):
@@ -55,10 +53,10 @@ def score(sets, folder, index):
             seconds = seconds or time.perf_counter() - start
             if path:
                 record.save(path)
-        name, words = first_cause(record)
-        found.append(record.verdict != "level")
-        named.append(found[-1] and config.is_cause(name))
-        causes.append(words if found[-1] else "level")
+        first = record.findings[0] if record.findings else None
+        found.append(first is not None)
+        named.append(first is not None and config.is_cause(first.name))
+        causes.append(str(first or "level"))
     return Score(index, found, named, causes, seconds)
 
 
@@ -85,7 +83,7 @@ def main(arguments):
         for i, config in enumerate(configs())
         if given.half in (None, config.half)
         and given.kind in (None, "mistakes" if config.cause else "right")
-        and (not given.names or any(fnmatch(f"{config.model} {config.name}", name) for name in given.names))
+        and is_chosen(config, given.names)
     ]
     if given.records:
         given.records.mkdir(parents=True, exist_ok=True)
