@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,12 +66,13 @@ class WidthRecord:
     - the change of each activation over all steps, which none of this explains.
 
     `findings` are those of the first of these that has any, since what comes later may follow from it (but the learning
-    rate of what passes on too much): mend them, and check again. Each names a parameter (a layer, if no parameter of it is to blame), and the power of the width by
-    which it is off. `verdict` is "level" without a finding, else what the first one is: "grows", "shrinks", or "not
-    finite" if the norm of some activation is. These are no findings: an output whose size does not depend on the width
-    and which starts at random, such as the readout or attention scores, shrinks like $\text{width}^{-1/2}$ towards its
-    change, as a sum of random terms does; and an output that a module around it scales is judged as that module
-    returns it.
+    rate of what passes on too much): mend them, and check again. Each names a parameter (a layer, if no parameter of it
+    is to blame), and the power of the width by which it is off. `verdict` is "level" without a finding, else what the
+    first one is: "grows", "shrinks", or "not finite" if the norm of some activation is.
+
+    These are no findings: an output whose size does not depend on the width and which starts at random, such as the
+    readout or attention scores, shrinks like $\text{width}^{-1/2}$ towards its change, as a sum of random terms does;
+    and an output that a module around it scales is judged as that module returns it.
 
     `verdicts` say the same of each layer by itself, causes and what follows from them alike. A layer is `doubtful` if
     its verdict would be another at one end of its interval, as happens with few or noisy seeds (always with a single
@@ -421,9 +421,9 @@ class _Measured(NamedTuple):
     change: OrderedDict[str, Any]
     sizes: OrderedDict[str, Any]
     loss: Any
-    parameter_norms: Any = OrderedDict()
-    parameter_changes: Any = OrderedDict()
-    effects: Any = OrderedDict()  # by activation: arrays over (seeds, parameters, *loops)
+    parameter_norms: OrderedDict[str, Any]
+    parameter_changes: OrderedDict[str, Any]
+    effects: OrderedDict[str, Any]  # by activation: arrays over (seeds, parameters, *loops)
 
 
 def _train(
@@ -462,15 +462,15 @@ def _train(
         more = {"value": value, "grad": grads, "value_fn": lambda params: objective(params)[0]}
         updates, state = optimizer.update(grads, state, params, **more)
         norms = _norms(now), _norms_of_change(now, first)
-        sizes = _parameters.sizes(chosen, [params, jax.tree.map(_difference, params, initial)])
+        own = _parameters.sizes(chosen, [params, jax.tree.map(_difference, params, initial)])
         after: Any = optax.apply_updates(params, updates)
         moved = _parameters.first_moves(initial, moved, grads, params, after)
-        return (after, state, first, moved), (norms, sizes, value)
+        return (after, state, first, moved), (norms, own, value)
 
     start = params, optimizer.init(params), blank(shapes), initial
-    (_, _, _, moved), ((rms, change), sizes, losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
+    (_, _, _, moved), ((rms, change), (norms, changes), losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
     effects = _parameters.effects(chosen, lambda params: objective(params)[1], _norms_of_change, initial, moved)
-    return _Measured(rms, change, _sizes(shapes), losses, *sizes, effects)
+    return _Measured(rms, change, _sizes(shapes), losses, norms, changes, effects)
 
 
 def _measure(args: tuple[Any, ...], model: Any) -> _Measured:
@@ -480,7 +480,9 @@ def _measure(args: tuple[Any, ...], model: Any) -> _Measured:
     def measure(params: Any) -> _Measured:
         _, activations = program(params, *args)
         rms = _norms(activations)
-        return _Measured(rms, jax.tree.map(jnp.zeros_like, rms), _sizes(activations), jnp.full((), jnp.nan))
+        none: OrderedDict[str, Any] = OrderedDict()
+        unchanged = jax.tree.map(jnp.zeros_like, rms)
+        return _Measured(rms, unchanged, _sizes(activations), jnp.full((), jnp.nan), none, none, none)
 
     return jax.tree.map(lambda x: np.asarray(x)[None], jax.jit(measure)(params))
 

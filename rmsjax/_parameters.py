@@ -41,8 +41,10 @@ def parameters(params: Any, activations: Mapping[str, Any]) -> list[Parameter]:
         # Projections to the heads of an attention are the only kernels of Flax with several axes for the output.
         heads = rank == 3 and len(parts) > 1 and parts[-2] in ("query", "key", "value")
         in_axes = (1 if heads else rank - 1) if matrix else None
-        for layer in range(leaf.shape[0]) if stacked else [None]:
-            found.append(Parameter(name if layer is None else f"{name}[{layer}]", k, layer, in_axes))
+        if stacked:
+            found += [Parameter(f"{name}[{layer}]", k, layer, in_axes) for layer in range(leaf.shape[0])]
+        else:
+            found.append(Parameter(name, k, None, in_axes))
     return found
 
 

@@ -59,7 +59,13 @@ class Finding(NamedTuple):
 
     @property
     def word(self) -> str:
+        """The verdict on the whole, if this is the first finding."""
         return "not finite" if self.kind == "not finite" else "grows" if self.power > 0 else "shrinks"
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether all of the interval is nearer to another half than to 0."""
+        return self.kind == "not finite" or max(self.low, -self.high) > LEVEL
 
     def __str__(self) -> str:
         if self.kind == "not finite":
@@ -70,12 +76,15 @@ class Finding(NamedTuple):
         does = "divide" if self.power > 0 else "multiply"
         seen = "" if self.layer == self.name else f", seen in {self.layer}"
         by = f"by width^{nearest:g}"
-        return f"{self.name}: " + {
-            "initial scale": f"its initial scale {scales}{seen}: {does} it {by}",
-            "learning rate": f"its change {scales}: {does} its learning rate {by}",
-            "passes on": f"what it makes of changes before it {scales}: {does} its scale {by}",
-            "training": f"its change over all steps {scales}",
-        }[self.kind]
+        return (
+            f"{self.name}: "
+            + {
+                "initial scale": f"its initial scale {scales}{seen}: {does} it {by}",
+                "learning rate": f"its change {scales}: {does} its learning rate {by}",
+                "passes on": f"what it makes of changes before it {scales}: {does} its scale {by}",
+                "training": f"its change over all steps {scales}",
+            }[self.kind]
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -178,24 +187,29 @@ def judge(record: WidthRecord) -> list[Finding]:
     return found or rates or _training(record, layers)
 
 
+def _finding(name: str, kind: Kind, slopes: Slopes, layer: int, record: WidthRecord) -> Finding:
+    mean, low, high = (float(values[layer] if values.ndim else values) for values in map(np.asarray, slopes))
+    return Finding(name, kind, mean, low, high, record.layers[layer])
+
+
 class _Effects:
     """What the first change of each parameter does to each layer, as exponents; and where its own layer is."""
 
     def __init__(self, record: WidthRecord, layers: _Layers) -> None:
         count = len(record.parameters)
         self.by_seed = exponents(record.widths, record.effects) if count else np.zeros((1, 0, len(layers.names)))
-        relative = record.effects / np.where(record.rms[:, :, :1] > 0, record.rms[:, :, :1], 1) if count else None
-        self.reaches = np.zeros((0, len(layers.names)), bool) if relative is None else np.all(relative > _NOISE, (0, 1))
-        self.own: list[int | None] = []
-        for p, name in enumerate(record.parameters):
-            reached = [k for k in layers.order if self.reaches[p, k]]
-            owner = layers.owner(name)
-            own = owner if owner in reached or not reached else reached[0]
-            self.own.append(own)
+        reaches = record.effects > _NOISE * record.rms[:, :, :1] if count else np.zeros((1, *self.by_seed.shape), bool)
+        self.reaches = np.all(reaches, axis=(0, 1))
+        self.own = [self._own(layers, p, layers.owner(name)) for p, name in enumerate(record.parameters)]
         changes = record.parameter_changes
         # Weight decay moves a little what has no gradient yet.
         moves = np.any(changes > 0.05 * np.max(changes, 2, keepdims=True, initial=0), axis=(0, 1))
         self.step = [int(np.argmax(moves[:, p])) if moves[:, p].any() else record.steps + 1 for p in range(count)]
+
+    def _own(self, layers: _Layers, p: int, owner: int | None) -> int | None:
+        """The layer of a parameter: the one of its name or, if that has no output of its own, the first it reaches."""
+        reached = [k for k in layers.order if self.reaches[p, k]]
+        return owner if owner in reached or not reached else reached[0]
 
     def owned(self, layers: _Layers, layer: int) -> list[int]:
         """The parameters of a layer, or of one in it whose output it scales."""
@@ -203,11 +217,9 @@ class _Effects:
 
 
 def _blamed(record: WidthRecord, layers: _Layers, effects: _Effects, layer: int) -> str | None:
-    """The parameter of a layer that is not 0 at the start, and has the largest norm; the layer itself if it has none."""
-    start = record.parameter_norms[:, :, 0] if record.parameters else None
-    own = [p for p in effects.owned(layers, layer) if start is not None and np.all(start[..., p] > 0)]
-    own = [p for p in own if not record.parameters[p].split("[")[0].endswith("bias")]
-    return record.parameters[own[0]] if own else None
+    """The parameter of a layer whose initial values there are: no bias, and not 0 at the start."""
+    own = [record.parameters[p] for p in effects.owned(layers, layer) if np.all(record.parameter_norms[:, :, 0, p] > 0)]
+    return next((name for name in own if _parts(name)[0][-1] != "bias"), None)
 
 
 def _initial(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Finding]:
@@ -217,7 +229,7 @@ def _initial(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Fi
         # Sums over the width of what is random at the start are meant to vanish: a readout, attention scores.
         if signs[k] > 0 or (signs[k] < 0 and not layers.is_sum[k]):
             name = _blamed(record, layers, effects, k) or record.layers[k]
-            return [Finding(name, "initial scale", *(float(v[k]) for v in slopes), record.layers[k])]
+            return [_finding(name, "initial scale", slopes, k, record)]
     return []
 
 
@@ -241,7 +253,7 @@ def _enlarged(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[F
     slopes = over_seeds(max(found[k], key=np.mean))
     name = _blamed(record, layers, effects, k)
     kind: Kind = "initial scale" if name else "passes on"
-    return [Finding(name or record.layers[k], kind, *(float(v) for v in slopes), record.layers[k])]
+    return [_finding(name or record.layers[k], kind, slopes, k, record)]
 
 
 def _rates(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Finding]:
@@ -253,7 +265,7 @@ def _rates(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Find
         k = k if effects.reaches[p, k] else own
         slopes = over_seeds(effects.by_seed[:, p, k])
         if beyond(slopes):
-            finding = Finding(name, "learning rate", *(float(v) for v in slopes), record.layers[k])
+            finding = _finding(name, "learning rate", slopes, k, record)
             found.append((effects.step[p], layers.place[k], finding))
     found.sort(key=lambda entry: entry[:2])
     return [finding for step, _, finding in found if step == found[0][0]]
@@ -264,7 +276,7 @@ def _training(record: WidthRecord, layers: _Layers) -> list[Finding]:
     for k in layers.judged():
         sign = beyond(slopes)[k]
         if sign > 0 or (sign < 0 and not (layers.is_sum[k] and slopes.mean[k] > _GONE)):
-            return [Finding(record.layers[k], "training", *(float(v[k]) for v in slopes), record.layers[k])]
+            return [_finding(record.layers[k], "training", slopes, k, record)]
     return []
 
 

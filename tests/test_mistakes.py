@@ -301,7 +301,9 @@ def test_causes(effects, names, kinds):
 def test_a_finding_has_a_sure_interval(noise, found):
     """A slope of 0.3 is one with a small interval, and none with a large one."""
     record = synthetic(np.array([[0.3, 0.3, 0.3], [NOT, 0, 0]]))
-    record.effects[...] *= np.exp(noise * np.array([-1, 0, 1])[:, None, None] * np.log(record.widths / 64)[:, None, None, None])
+    record.effects[...] *= np.exp(
+        noise * np.array([-1, 0, 1])[:, None, None] * np.log(record.widths / 64)[:, None, None, None]
+    )
     assert [finding.name for finding in record.findings] == (["a/kernel"] if found else [])
 
 

@@ -32,7 +32,7 @@ def factor(width, power):
     return (width / BASE) ** power
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 
 def vectors(examples=64, inputs=16):
@@ -51,7 +51,7 @@ def images(examples=16, side=4):
     return x.astype(np.float32), np.argmax(quadrants[..., :2].reshape(examples, CLASSES), -1).astype(np.int32)
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# --------------------------------------------------------------------------------------------------------------- models
 
 
 class Scaled(nnx.Module):
@@ -244,7 +244,7 @@ MODELS = {"mlp": MLP, "scan": ScannedMLP, "linen": LinenMLP, "transformer": Tran
 BATCHES = {"transformer": zen_of_python, "conv": images}
 
 
-# ------------------------------------------------------------------------------------------------------------ optimizers
+# ----------------------------------------------------------------------------------------------------------- optimizers
 
 _FINITE = ("readout/linear/bias", "readout/bias")  # parameters whose size does not depend on the width
 _OTHERS = ("embed", "position", "stem", "readout")  # layers whose kernels are no hidden ones
@@ -297,7 +297,7 @@ def optimizer_of(config, width):
     return optax.chain(direction, by_layer, optax.scale(-config.learning_rate))
 
 
-# --------------------------------------------------------------------------------------------------------- configurations
+# ------------------------------------------------------------------------------------------------------- configurations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -459,8 +459,8 @@ MISTAKES = [
     Config("readout std too large", H, "mlp", "sgd", READOUT, RANDOM, init={"readout/linear/kernel": 0.5}),
     Config("one std constant", T, "mlp", "muon", ("block0/up*",), init={"block0/up/kernel": 0.5}),
     Config("input std over the root", H, "mlp", "muon", ("embed*",), init={"embed/kernel": -0.5}),
-    Config("Adam's eps 1e-4", T, "mlp", "adam", KERNELS + ("*embed*", "*bias"), eps=1e-4),
-    Config("Adam's eps 1e-5", H, "mlp", "adam", KERNELS + ("*embed*", "*bias"), eps=1e-5),
+    Config("Adam's eps 1e-4", T, "mlp", "adam", (*KERNELS, "*embed*", "*bias"), eps=1e-4),
+    Config("Adam's eps 1e-5", H, "mlp", "adam", (*KERNELS, "*embed*", "*bias"), eps=1e-5),
     # transformer
     Config("scores over the root", T, "transformer", "adam", ("*scores", "*query*", "*key*"), scale={"scores": 0.5}),
     Config("scores over the root, random query", H, "transformer", "adam", ("*scores", "*query*", "*key*"),
