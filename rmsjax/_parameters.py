@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from rmsjax._operator_norm import partitioned_by_xla
+from rmsjax._reduce import accumulator_dtype, lift
 from rmsjax._tags import blank
 from rmsjax._tree import leaf_paths, tree_rms
 
@@ -57,53 +59,60 @@ def _is_stacked(parts: list[str], leaf: Any, activations: Mapping[str, Any]) -> 
 
 
 def sizes(chosen: list[Parameter], trees: Sequence[Any]) -> list[OrderedDict[str, Array]]:
-    """The RMS operator norm of each matrix of trees, and the RMS norm of all else, by name.
-
-    All matrices share one power iteration; of a random matrix it finds some percent too little, at every width.
-    """
+    """The RMS operator norm of each matrix of each tree, and the RMS norm of all else, by name."""
     arrays = [_of(p, leaves) for leaves in map(jax.tree.leaves, trees) for p in chosen]
     norms = tree_rms(arrays, "block")
-    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for k, (p, x) in enumerate(zip(chosen * len(trees), arrays, strict=True)):
-        if p.in_axes is not None:
-            alike[math.prod(x.shape[: p.in_axes]), math.prod(x.shape[p.in_axes :])].append(k)
-    for shape, members in alike.items():
-        scale = jnp.stack([norms[k] for k in members])[:, None, None]
-        stack = jnp.stack([arrays[k].reshape(shape) for k in members]).astype(scale.dtype)
-        gains = _gains(stack / jnp.where(scale > 0, scale, 1))
-        for k, gain in zip(members, gains, strict=True):
-            norms[k] = norms[k] * gain
+    rows = {k: p.in_axes for k, p in enumerate(chosen * len(trees)) if p.in_axes is not None}
+
+    def gains(matrices: list[Array]) -> list[Array]:
+        """Those of matrices of the same shape share a loop, since compiling it is what this costs."""
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for i, (x, in_axes) in enumerate(zip(matrices, rows.values(), strict=True)):
+            alike[math.prod(x.shape[:in_axes]), math.prod(x.shape[in_axes:]), x.dtype].append(i)
+        found = list(matrices)
+        for (*shape, _), members in alike.items():
+            stack = _gains(jnp.stack([matrices[i].reshape(shape) for i in members]))
+            for i, gain in zip(members, stack, strict=True):
+                found[i] = gain
+        return found
+
+    scaled = [arrays[k] / jnp.where(norms[k] > 0, norms[k], 1).astype(arrays[k].dtype) for k in rows]
+    for k, gain in zip(rows, partitioned_by_xla(gains, scaled) if rows else [], strict=True):
+        norms[k] = norms[k] * gain
     names = [p.name for p in chosen]
     return [OrderedDict(zip(names, norms[i : i + len(names)], strict=True)) for i in range(0, len(norms), len(names))]
 
 
+def _of(parameter: Parameter, leaves: list[Array]) -> Array:
+    leaf = leaves[parameter.leaf]
+    leaf = leaf if parameter.layer is None else leaf[parameter.layer]
+    return lift(leaf, accumulator_dtype(leaf.dtype))
+
+
 def _gains(matrices: Array) -> Array:
-    """The RMS operator norms of matrices [matrices, in, out], whose elements are neither large nor small."""
+    """The RMS operator norms of matrices [matrices, in, out], whose elements are neither large nor small.
+
+    By power iteration: of a random matrix it finds some percent too little, at every width.
+    """
 
     def multiply(x: Array, y: Array, axis: int) -> Array:
-        return _unit(lax.dot_general(x, y, (((1,), (axis,)), ((0,), (0,)))))
+        return lax.dot_general(x, y, (((1,), (axis,)), ((0,), (0,))))
 
     def power(_: Any, x: Array) -> Array:
-        return multiply(multiply(x, matrices, 1), matrices.conj(), 2)
+        return _unit(multiply(_unit(multiply(x, matrices, 1)), matrices.conj(), 2))
 
-    start = np.random.default_rng(0).normal(size=matrices.shape[1])
-    start = _unit(jnp.broadcast_to(jnp.asarray(start, matrices.dtype), matrices.shape[:2]))
-    x = lax.fori_loop(0, _POWERS, power, start)
-    return _plain_rms(lax.dot_general(x, matrices, (((1,), (1,)), ((0,), (0,)))))[:, 0]
+    start = jnp.asarray(np.random.default_rng(0).normal(size=matrices.shape[1]), matrices.dtype)
+    x = lax.fori_loop(0, _POWERS, power, _unit(jnp.broadcast_to(start, matrices.shape[:2])))
+    return _plain_rms(multiply(x, matrices, 1))[:, 0]
 
 
 def _unit(x: Array) -> Array:
     norm = _plain_rms(x)
-    return x / jnp.where(norm > 0, norm, 1)
+    return x / jnp.where(norm > 0, norm, 1).astype(x.dtype)
 
 
 def _plain_rms(x: Array) -> Array:
-    return jnp.sqrt(jnp.mean(jnp.abs(x) ** 2, -1, keepdims=True))
-
-
-def _of(parameter: Parameter, leaves: list[Array]) -> Array:
-    leaf = leaves[parameter.leaf]
-    return leaf if parameter.layer is None else leaf[parameter.layer]
+    return jnp.sqrt(jnp.mean(jnp.square(jnp.abs(x)), -1, keepdims=True))
 
 
 def first_moves(start: Any, moved: Any, grads: Any, before: Any, after: Any) -> Any:

@@ -74,12 +74,11 @@ class Finding(NamedTuple):
         interval = f" ±{self.high - self.power:.2f}" if math.isfinite(self.high) else ""
         scales = f"{self.word} as width^{self.power:+.2f}{interval}"
         does = "divide" if self.power > 0 else "multiply"
-        seen = "" if self.layer == self.name else f", seen in {self.layer}"
         by = f"by width^{nearest:g}"
         return (
             f"{self.name}: "
             + {
-                "initial scale": f"its initial scale {scales}{seen}: {does} it {by}",
+                "initial scale": f"its initial scale is off by width^{self.power:+.2f}{interval}: {does} it {by}",
                 "learning rate": f"its change {scales}: {does} its learning rate {by}",
                 "passes on": f"what it makes of changes before it {scales}: {does} its scale {by}",
                 "training": f"its change over all steps {scales}",
@@ -273,8 +272,10 @@ def _rates(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Find
 
 def _training(record: WidthRecord, layers: _Layers) -> list[Finding]:
     slopes = over_seeds(exponents(record.widths, record.change[:, :, -1]))
+    # Where parameters are known to move as they should, only what is plain speaks against it.
+    signs = beyond(slopes, LEVEL + SURE if record.parameters else LEVEL)
     for k in layers.judged():
-        sign = beyond(slopes)[k]
+        sign = signs[k]
         if sign > 0 or (sign < 0 and not (layers.is_sum[k] and slopes.mean[k] > _GONE)):
             return [_finding(record.layers[k], "training", slopes, k, record)]
     return []

@@ -336,7 +336,7 @@ def test_text():
     assert len({len(line) for line in lines[3:6]}) == 1
     assert lines[-2:] == [
         "verdict: grows (1 of 2 layers)",
-        "- layer1: its initial scale grows as width^+1.00 ±0.00: divide it by width^1",
+        "- layer1: its initial scale is off by width^+1.00 ±0.00: divide it by width^1",
     ]
 
 

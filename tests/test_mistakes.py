@@ -13,9 +13,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import rmsjax
-from rmsjax import WidthRecord, coord_check
+from rmsjax import WidthRecord, _parameters, coord_check
 from tests import zoo
 from tests.benchmarks import mistakes
 
@@ -229,6 +230,36 @@ def test_a_parameter_is_followed_from_its_first_move():
     assert np.all(change[:, :, 1] == 0)
     assert np.all(effect > 0)
     assert np.all(effect < change[:, :, 3])
+
+
+def test_parameters_that_are_split_over_devices():
+    """Also a stacked kernel, on a mesh with explicit axes."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    rng = np.random.default_rng(0)
+    params = {"dense": {"kernel": rng.normal(size=(8, 16))}, "stack": {"kernel": rng.normal(size=(3, 8, 4))}}
+    params = jax.tree.map(jnp.float32, params)
+    chosen = _parameters.parameters(params, {"stack": jnp.ones((3, 2, 4))})
+    assert [p.name for p in chosen] == ["dense/kernel", "stack/kernel[0]", "stack/kernel[1]", "stack/kernel[2]"]
+    (want,) = jax.jit(lambda params: _parameters.sizes(chosen, [params]))(params)
+    for spec in (P("a", "b"), P(None, "b")):
+        with jax.set_mesh(mesh):
+            split = {"dense": {"kernel": spec}, "stack": {"kernel": P(None, *spec)}}
+            split = jax.tree.map(lambda x, s: jax.device_put(x, jax.NamedSharding(mesh, s)), params, split)
+            (found,) = jax.jit(lambda params: _parameters.sizes(chosen, [params]))(split)
+        for name in want:
+            assert found[name] == pytest.approx(float(want[name]), rel=1e-4), (spec, name)
+    assert want["dense/kernel"] == pytest.approx(float(rmsjax.rms_operator_norm(params["dense"]["kernel"])), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1e4])
+def test_sizes_of_parameters_of_all_types(dtype, scale, strict):
+    kernel = scale * np.random.default_rng(0).normal(size=(12, 4))
+    kernel = jnp.asarray(kernel + 1j * kernel[::-1] if dtype == jnp.complex64 else kernel, dtype)
+    chosen = _parameters.parameters([kernel], {})
+    with jax.numpy_dtype_promotion("strict"):
+        ((found,),) = [each.values() for each in _parameters.sizes(chosen, [[kernel]])]
+    assert found == pytest.approx(float(rmsjax.rms_operator_norm(kernel)), rel=0.02)
 
 
 def test_weight_decay_is_no_first_move():
