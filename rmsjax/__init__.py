@@ -18,7 +18,7 @@ rotation-invariant norm of which that is true. So one number means the same in a
   a regulariser.
 - **optax**: clips and optimizers that keep training steady, see the table below. All keep what they saw in their state,
   and `rms_states` finds it there.
-- **Widths**: `coord_check` trains a model at several widths and says which layers grow or shrink with the width;
+- **Widths**: `coord_check` trains a model at several widths and names what depends on the width;
   `compare_widths` measures models as they are. Both give a `WidthRecord`, which `rmsjax.plot` draws.
 - **Inside a model**: `activation_rms` and `gradient_rms` measure every activation of an unchanged Flax model;
   `rmsjax.probe` does it for any function. `rms_operator_norm` tells how much a kernel can stretch the norm.

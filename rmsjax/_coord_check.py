@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,13 +24,15 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
+from rmsjax import _parameters
 from rmsjax._checks import described
 from rmsjax._models import trainable
+from rmsjax._reduce import accumulator_dtype, lift
 from rmsjax._tags import blank, partition
 from rmsjax._text import text_table, with_interval, wrapped
 from rmsjax._tree import tree_rms
+from rmsjax._verdicts import Finding, Slopes, exponents, judge, logs, over_seeds, words
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -39,17 +40,11 @@ if TYPE_CHECKING:
 
 Quantity: TypeAlias = Literal["rms", "change", "l2"]
 
-# Exponents of width come in halves (Yang and Hu, arXiv 2011.14522), so a slope belongs to the half that is nearest.
-_LEVEL = 0.25
-_WORDS = ("not finite", "grows", "shrinks", "level")
+_SHOWN = 6  # findings
 
 
-class Slopes(NamedTuple):
-    """Exponents of width: their means over seeds, and the ends of the 95 % interval of Student's t around them."""
-
-    mean: Float[np.ndarray, "steps layers"]
-    low: Float[np.ndarray, "steps layers"]
-    high: Float[np.ndarray, "steps layers"]
+def _none() -> np.ndarray:
+    return np.zeros((0, 0, 0, 0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -59,22 +54,35 @@ class WidthRecord:
     **Slopes.** A norm that scales as $\text{width}^p$ lies on a line of slope p in log-log scale. `slopes` fits p by
     least squares for each seed, and gives the mean over seeds with the 95 % interval of Student's t.
 
-    **Verdict.** In the infinite-width limit exponents are multiples of 1/2. A slope beyond ±1/4 is therefore nearer to
-    ±1/2 than to 0. At the last step, with mean slopes, a layer
+    **Findings.** In the infinite-width limit exponents are multiples of 1/2. A slope beyond ±1/4 is therefore nearer to
+    ±1/2 than to 0, and it is a finding if all of its interval is beyond ±1/8: .3 ± .02 is one, .26 ± .2 is not. Looked
+    at, in this order, are
 
-    - is **not finite** if one of its norms, or of those of its change, is inf or NaN;
-    - else **grows** if its RMS or the RMS of its change has a slope above 1/4;
-    - else **shrinks** if its change has a slope below -1/4 (its RMS, if the layer does not change at all);
-    - else is **level**.
+    - the RMS of each activation at step 0: an **initial scale**;
+    - what the first change of each parameter alone, with all others as they were, does further on, against what it does
+      to the output of its own layer: if it grows on the way, something there passes on too much, as a rule the initial
+      scale of a kernel whose inputs are as many as the width;
+    - what it does to the output of its own layer: its **learning rate**. This is the change of its RMS operator norm
+      with all multipliers of the model taken in, and no mistake in another learning rate bears on it;
+    - the change of each activation over all steps: beyond ±3/8, as nothing before explains it.
 
-    The RMS of a layer that changes is not judged for shrinking: it cannot stay below the change for long, and the
-    output of a muP model, which starts near 0, is meant to shrink towards its change. `verdict` is the first in this
-    list that any layer has. A layer is `doubtful` if its verdict would be another at one end of its interval, as
-    happens with few or noisy seeds (always with a single one); more seeds make the interval smaller.
+    `findings` are those of the first of these that has any, since what comes later may follow from it (but the learning
+    rate of what passes on too much): mend them, and check again. Each names a parameter (a layer, if no parameter of it
+    is to blame), and the power of the width by which it is off. `verdict` is "level" without a finding, else what the
+    first one is: "grows", "shrinks", or "not finite" if the norm of some activation is.
 
-    Seeds do not show what small widths do: there, random parts that vanish like $\text{width}^{-1/2}$ still weigh, and
-    the slopes of a right model lean towards -1/2, most of all attention scores and a readout that starts at random.
-    Wider models tell, and so does a readout, and query kernels, that start at 0 (appendix D.2 of arXiv 2203.03466).
+    These are no findings: an output whose size does not depend on the width and which starts at random, such as the
+    readout or attention scores, shrinks like $\text{width}^{-1/2}$ towards its change, as a sum of random terms does;
+    and an output that a module around it scales is judged as that module returns it.
+
+    `verdicts` say the same of each layer by itself, causes and what follows from them alike. A layer is `doubtful` if
+    its verdict would be another at one end of its interval, as happens with few or noisy seeds (always with a single
+    one); more seeds make the interval smaller.
+
+    **What a few steps do not show.** Weight decay acts over the time 1/(learning rate · decay): with Adam and learning
+    rates of hidden kernels that fall as 1/width, multiply their decay by the width, as optax multiplies it by the rate.
+    Adam's epsilon bears on gradients that are not far above it, which get smaller with the width and in training:
+    compare with `gradient_rms`, or choose 1e-12. And a schedule, or a number of steps, that depends on the width.
 
     Attributes:
         layers: the names of the activations.
@@ -84,6 +92,10 @@ class WidthRecord:
         change: the RMS norm of the activation minus the same activation at step 0.
         sizes: the number of elements of each activation for one example of the batch.
         loss: the loss at each step; NaN if nothing was trained.
+        parameters: the names of the parameters; of a stacked leaf each layer is one.
+        parameter_norms: the RMS operator norm of each kernel, and the RMS norm of all other parameters.
+        parameter_changes: those of the parameter minus the same parameter at step 0.
+        effects: the RMS norm of the change of each activation if one parameter alone is as its first update leaves it.
 
     Example:
         >>> import tempfile
@@ -100,6 +112,7 @@ class WidthRecord:
         dense  +0.00 ±0.00  +0.00 ±0.00     +0.50 ±0.00    grows
         <BLANKLINE>
         verdict: grows (1 of 1 layer)
+        - dense: its change over all steps grows as width^+0.50 ±0.00
         >>> record.verdict, record.verdicts, record.doubtful
         ('grows', {'dense': 'grows'}, ())
         >>> print(record.slopes("change").mean[-1], record.over_seeds("change")[:, -1], record.l2[:, 0, 0])
@@ -117,7 +130,8 @@ class WidthRecord:
         grows
 
     Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1; exponents of width as in Yang and Hu,
-        Tensor Programs IV (arXiv 2011.14522).
+        Tensor Programs IV (arXiv 2011.14522); the RMS operator norm of kernels and of their changes: Yang, Simon and
+        Bernstein, A Spectral Condition for Feature Learning (arXiv 2310.17813).
     """
 
     layers: tuple[str, ...]
@@ -127,6 +141,10 @@ class WidthRecord:
     change: Float[np.ndarray, "widths seeds steps layers"]
     sizes: Int[np.ndarray, "widths layers"]
     loss: Float[np.ndarray, "widths seeds steps"]
+    parameters: tuple[str, ...] = ()
+    parameter_norms: Float[np.ndarray, "widths seeds steps parameters"] = dataclasses.field(default_factory=_none)
+    parameter_changes: Float[np.ndarray, "widths seeds steps parameters"] = dataclasses.field(default_factory=_none)
+    effects: Float[np.ndarray, "widths seeds parameters layers"] = dataclasses.field(default_factory=_none)
 
     @property
     def steps(self) -> int:
@@ -141,7 +159,7 @@ class WidthRecord:
     def over_seeds(self, quantity: Quantity = "rms") -> Float[np.ndarray, "widths steps layers"]:
         """The geometric mean over seeds, to which the mean slopes belong; 0 where the norm is 0 for every seed."""
         values = np.asarray(getattr(self, quantity))
-        means = np.exp(np.mean(_logs(values), axis=1))
+        means = np.exp(np.mean(logs(values), axis=1))
         return np.where(np.any(values != 0, axis=1), means, 0.0)
 
     def history(self, width: int, quantity: Quantity = "rms") -> dict[str, Float[np.ndarray, "steps"]]:
@@ -153,36 +171,29 @@ class WidthRecord:
 
     def slopes(self, quantity: Quantity = "rms") -> Slopes:
         """The slopes in log-log scale against width, for each step and layer; of 0 everywhere the slope is 0."""
-        by_seed = _fit(self.widths, getattr(self, quantity))
-        mean, count = np.mean(by_seed, axis=0), len(by_seed)
-        if count == 1:
-            return Slopes(mean, np.full_like(mean, -np.inf), np.full_like(mean, np.inf))
-        half = stdtrit(count - 1, 0.975) * np.std(by_seed, axis=0, ddof=1) / math.sqrt(count)
-        return Slopes(mean, mean - half, mean + half)
+        return over_seeds(exponents(self.widths, getattr(self, quantity)))
 
     @property
-    def verdicts(self) -> dict[str, str]:
-        """The verdict on each layer: "level", "grows", "shrinks" or "not finite"."""
-        return dict(zip(self.layers, self._judge("mean"), strict=True))
+    def findings(self) -> tuple[Finding, ...]:
+        """What depends on the width, the causes first; each has a `name`, of a parameter or a layer, and a `power`."""
+        return tuple(judge(self))
 
     @property
     def verdict(self) -> str:
-        """The verdict on the whole: the first of "not finite", "grows", "shrinks", "level" that a layer has."""
-        return min(self._judge("mean"), key=_WORDS.index)
+        """The verdict on the whole: "level" without a finding, else what the first one is, such as "grows"."""
+        found = self.findings
+        return found[0].word if found else "level"
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """What each layer does: "level", "grows", "shrinks" or "not finite"."""
+        return dict(zip(self.layers, words(self), strict=True))
 
     @property
     def doubtful(self) -> tuple[str, ...]:
         """The layers whose verdict would be another at one end of the interval of their slopes."""
-        ends = zip(self.layers, self._judge("low"), self._judge("mean"), self._judge("high"), strict=True)
+        ends = zip(self.layers, words(self, "low"), words(self, "mean"), words(self, "high"), strict=True)
         return tuple(layer for layer, low, mean, high in ends if low != mean or high != mean)
-
-    def _judge(self, which: Literal["mean", "low", "high"]) -> list[str]:
-        rms, change = (getattr(self.slopes(quantity), which)[-1] for quantity in ("rms", "change"))
-        changes = np.any(self.change[:, :, -1] != 0, axis=(0, 1))
-        finite = np.all(np.isfinite(self.rms[:, :, -1] + self.change[:, :, -1]), axis=(0, 1))
-        grows = np.maximum(rms, change) > _LEVEL
-        shrinks = np.where(changes, change, rms) < -_LEVEL
-        return [str(word) for word in np.select([~finite, grows, shrinks], _WORDS[:3], _WORDS[3])]
 
     # ---------------------------------------------------------------------------------------------------------- output
 
@@ -205,15 +216,20 @@ class WidthRecord:
                 "",
                 text_table(rows),
                 "",
-                wrapped(self._conclusion()),
+                *self._conclusion(),
             ]
         )
 
-    def _conclusion(self) -> str:
+    def _conclusion(self) -> list[str]:
         hit = [layer for layer, word in self.verdicts.items() if word == self.verdict]
         where = "" if self.verdict == "level" else f" ({len(hit)} of {_counted(len(self.layers), 'layer')})"
         doubts = f"; ? = another verdict within the interval: use more than {_counted(len(self.seeds), 'seed')}"
-        return f"verdict: {self.verdict}{where}{doubts if self.doubtful else ''}"
+        found = self.findings
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        return [
+            wrapped(f"verdict: {self.verdict}{where}{doubts if self.doubtful else ''}"),
+            *(wrapped(f"- {line}") for line in [*map(str, found[:_SHOWN]), *more]),
+        ]
 
     def width_table(self, step: int = -1) -> str:
         """The RMS norms of each layer at each width, the L2 norms beside them, and the slopes of both, as text.
@@ -251,8 +267,11 @@ class WidthRecord:
     def load(cls, path: str | PathLike[str]) -> WidthRecord:
         """The record that `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {field.name: file[field.name] for field in dataclasses.fields(cls)}
-        return cls(tuple(map(str, arrays.pop("layers"))), **arrays)
+            arrays: dict[str, Any] = {
+                field.name: file[field.name] for field in dataclasses.fields(cls) if field.name in file
+            }
+        names = {name: tuple(map(str, arrays.pop(name, ()))) for name in ("layers", "parameters")}
+        return cls(**names, **arrays)
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -274,9 +293,11 @@ def coord_check(
     The coordinate check of muP: with a width-neutral parametrisation, the RMS norm of every activation and of its
     change since initialisation is the same at every width, so that hyperparameters found on a small model serve a
     large one. Where one grows, a wider model needs another learning rate or initialisation; where one shrinks, that
-    layer stops learning. `WidthRecord` says how the verdict is reached; `rmsjax.plot.coord_check` draws the record.
+    layer stops learning. `WidthRecord` says how the verdict is reached, and its `findings` name the parameter whose
+    learning rate or initial scale is to blame; `rmsjax.plot.coord_check` draws the record.
 
-    Each width compiles one program, in which all seeds train side by side; activations never leave it. The model sees
+    Each width compiles one program, in which one seed trains after another; activations and parameters never leave it.
+    It keeps two more copies of the parameters, and runs the model once more for each parameter. The model sees
     the same batch and the same random numbers (dropout) at every step, and its state other than parameters (running
     averages) stays as it is, so that only learning changes an activation.
 
@@ -315,6 +336,10 @@ def coord_check(
         ...     make_optimizer=lambda width: optax.adam(1e-3), loss=optax.l2_loss)
         >>> print(record.verdict, record.verdicts)
         grows {'layers/0': 'level', 'layers/2': 'grows', 'Sequential': 'grows'}
+        >>> for finding in record.findings:
+        ...     print(finding.name, finding.kind, round(2 * finding.power) / 2)
+        layers/2/kernel initial scale 0.5
+        layers/2/kernel learning rate 1.0
 
     Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1.
     """
@@ -343,7 +368,7 @@ def coord_check(
         def train(arrays: list[Array], key: Array) -> _Measured:
             return _train(partial(make_model, width), optimizers[width], loss, steps, join(arrays), key)
 
-        return jax.device_get(jax.jit(jax.vmap(train, in_axes=(None, 0)))(arrays, keys))
+        return jax.device_get(jax.jit(lambda arrays, keys: jax.lax.map(partial(train, arrays), keys))(arrays, keys))
 
     return _record("coord_check", widths, seeds, [trained(width) for width in _with_bar(widths, progress)])
 
@@ -388,12 +413,18 @@ _Activations: TypeAlias = "OrderedDict[str, Array]"  # each with the axes (*loop
 
 
 class _Measured(NamedTuple):
-    """What one width gives, by activation: arrays over (seeds, steps, *loops); loops are those of an `nnx.scan`."""
+    """What one width gives, by activation: arrays over (seeds, steps, *loops); loops are those of an `nnx.scan`.
+
+    Those of parameters are by parameter, over (seeds, steps).
+    """
 
     rms: OrderedDict[str, Any]
     change: OrderedDict[str, Any]
     sizes: OrderedDict[str, Any]
     loss: Any
+    parameter_norms: OrderedDict[str, Any]
+    parameter_changes: OrderedDict[str, Any]
+    effects: OrderedDict[str, Any]  # by activation: arrays over (seeds, parameters, *loops)
 
 
 def _train(
@@ -420,21 +451,27 @@ def _train(
             error.add_note(f"coord_check: loss was given output, {described(output)}, and target, {described(target)}")
             raise
 
+    _, shapes = jax.eval_shape(objective, params)
+    initial, chosen = params, _parameters.parameters(params, shapes)
+
     def step(carry: Any, index: Array) -> tuple[Any, Any]:
-        params, state, first = carry
+        params, state, first, moved = carry
         (value, now), grads = jax.value_and_grad(objective, has_aux=True)(params)
         # Step 0 is run by the same program as all others, so what did not learn has changed by 0, not by rounding.
         first = jax.tree.map(lambda new, old: jnp.where(index == 0, new, old), now, first)
         # Some optimizers ask for more than the gradient: a schedule for the loss, a line search for the function.
         more = {"value": value, "grad": grads, "value_fn": lambda params: objective(params)[0]}
         updates, state = optimizer.update(grads, state, params, **more)
-        norms = _norms((now, jax.tree.map(_difference, now, first)))
-        return (optax.apply_updates(params, updates), state, first), (norms, value)
+        norms = _norms(now), _norms_of_change(now, first)
+        own = _parameters.sizes(chosen, [params, jax.tree.map(_difference, params, initial)])
+        after: Any = optax.apply_updates(params, updates)
+        moved = _parameters.first_moves(initial, moved, grads, params, after)
+        return (after, state, first, moved), (norms, own, value)
 
-    _, shapes = jax.eval_shape(objective, params)
-    start = params, optimizer.init(params), blank(shapes)
-    _, ((rms, change), losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
-    return _Measured(rms, change, _sizes(shapes), losses)
+    start = params, optimizer.init(params), blank(shapes), initial
+    (_, _, _, moved), ((rms, change), (norms, changes), losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
+    effects = _parameters.effects(chosen, lambda params: objective(params)[1], _norms_of_change, initial, moved)
+    return _Measured(rms, change, _sizes(shapes), losses, norms, changes, effects)
 
 
 def _measure(args: tuple[Any, ...], model: Any) -> _Measured:
@@ -444,7 +481,9 @@ def _measure(args: tuple[Any, ...], model: Any) -> _Measured:
     def measure(params: Any) -> _Measured:
         _, activations = program(params, *args)
         rms = _norms(activations)
-        return _Measured(rms, jax.tree.map(jnp.zeros_like, rms), _sizes(activations), jnp.full((), jnp.nan))
+        none: OrderedDict[str, Any] = OrderedDict()
+        unchanged = jax.tree.map(jnp.zeros_like, rms)
+        return _Measured(rms, unchanged, _sizes(activations), jnp.full((), jnp.nan), none, none, none)
 
     return jax.tree.map(lambda x: np.asarray(x)[None], jax.jit(measure)(params))
 
@@ -454,10 +493,14 @@ def _norms(activations: Any) -> Any:
     return jax.tree.map(lambda norm: norm.reshape(norm.shape[:-2]), tree_rms(activations, (-2, -1)))
 
 
+def _norms_of_change(activations: Any, first: Any) -> Any:
+    return _norms(jax.tree.map(_difference, activations, first))
+
+
 def _difference(x: Array, y: Array) -> Array:
     """x - y in float32 at least, in which float16 does not overflow."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return x.astype(dtype) - y.astype(dtype)
+    dtype = accumulator_dtype(x.dtype)
+    return lift(x, dtype) - lift(y, dtype)
 
 
 def _sizes(activations: _Activations) -> OrderedDict[str, Array]:
@@ -466,27 +509,40 @@ def _sizes(activations: _Activations) -> OrderedDict[str, Array]:
 
 def _record(function: str, widths: list[int], seeds: list[int], measured: list[_Measured]) -> WidthRecord:
     """What was measured at each width, as arrays; each iteration of a loop is a layer of its own."""
-    tables: list[dict[str, tuple[Any, Any, int]]] = []
+    tables: list[dict[str, tuple[Any, ...]]] = []
     for at_width in measured:
-        table: dict[str, tuple[Any, Any, int]] = {}
+        table: dict[str, tuple[Any, ...]] = {}
         for name, rms in at_width.rms.items():
+            effects = at_width.effects.get(name, np.zeros((len(seeds), 0, *rms.shape[2:])))
             for i in np.ndindex(rms.shape[2:]):
                 label = name + "".join(f"[{k}]" for k in i)
-                table[label] = (rms[:, :, *i], at_width.change[name][:, :, *i], at_width.sizes[name].flat[0])
+                change = at_width.change[name]
+                table[label] = (rms[:, :, *i], change[:, :, *i], effects[:, :, *i], at_width.sizes[name].flat[0])
         tables.append(table)
-    layers = tuple(tables[0])
-    for width, table in zip(widths, tables, strict=True):
-        if different := set(layers) ^ set(table):
-            raise ValueError(
-                f"{function}: the model must have the same layers at every width; "
-                f"at widths {widths[0]} and {width} they differ in {sorted(different)}"
-            )
+    layers, parameters = tuple(tables[0]), tuple(measured[0].parameter_norms)
+    for width, table, at_width in zip(widths, tables, measured, strict=True):
+        for kind, first, now in (("layers", layers, table), ("parameters", parameters, at_width.parameter_norms)):
+            if different := set(first) ^ set(now):
+                raise ValueError(
+                    f"{function}: the model must have the same {kind} at every width; "
+                    f"at widths {widths[0]} and {width} they differ in {sorted(different)}"
+                )
     columns = [[np.stack(column, -1) for column in zip(*map(table.get, layers), strict=True)] for table in tables]
-    rms, change, sizes = (np.stack(parts) for parts in zip(*columns, strict=True))
-    losses = np.stack([at_width.loss for at_width in measured])
-    return WidthRecord(
-        layers, np.array(widths), np.array(seeds), rms.astype(float), change.astype(float), sizes, losses.astype(float)
+    rms, change, effects, sizes = (np.stack(parts) for parts in zip(*columns, strict=True))
+    shape = (len(seeds), rms.shape[2])
+
+    def by_parameter(norms: Mapping[str, Any]) -> np.ndarray:
+        return np.stack([norms[name] for name in parameters], -1) if parameters else np.zeros((*shape, 0))
+
+    norms, changes = (
+        np.stack([by_parameter(getattr(at_width, field)) for at_width in measured]).astype(float)
+        for field in ("parameter_norms", "parameter_changes")
     )
+    losses = np.stack([at_width.loss for at_width in measured]).astype(float)
+    return WidthRecord(
+        layers, np.array(widths), np.array(seeds), rms.astype(float), change.astype(float), sizes, losses,
+        parameters, norms, changes, effects.astype(float),
+    )  # fmt: skip
 
 
 def _check_takes(argument: str, function: Any, takes: tuple[str, ...], example: str) -> None:
@@ -523,21 +579,6 @@ def _with_bar(widths: list[int], progress: bool) -> Iterable[int]:
 
             return tqdm(widths, desc="coord_check", unit="width")
     return widths
-
-
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-
-def _logs(values: np.ndarray) -> np.ndarray:
-    """Logarithms in which 0 counts as the smallest normal number: 0 at some widths only is a steep slope, not NaN."""
-    logs = np.log(np.maximum(values, np.finfo(np.float32).tiny, dtype=np.float64))
-    return np.where(np.isfinite(values), logs, np.nan)
-
-
-def _fit(widths: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The least-squares slope of log values against log widths along the first axis."""
-    x, y = np.log(widths) - np.mean(np.log(widths)), _logs(values)
-    return np.tensordot(x, y - y[0], 1) / np.sum(x**2)  # less the first, so that of equal values it is exactly 0
 
 
 # ----------------------------------------------------------------------------------------------------------------- text

@@ -194,21 +194,26 @@ def _check_tolerance(function: str, tolerance: float) -> None:
 
 @partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 def _operator_norms(kernels: list[Array], axes: tuple[_Axes, ...], exact: bool, tolerance: float) -> list[Array]:
-    """The norms of kernels. On a mesh with explicit axes XLA partitions this part of the program all the same.
-
-    For products of a kernel with itself no sharding follows from that of the kernel.
-    """
+    """The norms of kernels."""
 
     def of_kernels(kernels: list[Array]) -> list[Array]:
         matrices = [own.matrices(kernel) for own, kernel in zip(axes, kernels, strict=True)]
         return _norms_of_matrices(exact, tolerance, matrices)
 
+    return partitioned_by_xla(of_kernels, kernels)
+
+
+def partitioned_by_xla(fn: Callable[[list[Array]], list[Array]], kernels: list[Array]) -> list[Array]:
+    """fn(kernels), whose results every device has. XLA partitions it, also on a mesh with explicit axes.
+
+    For products of a kernel with itself no sharding follows from that of the kernel.
+    """
     avals: list[Any] = list(map(jax.typeof, kernels))
     mesh = next((aval.sharding.mesh for aval in avals if aval.sharding.mesh.explicit_axes), None)
     if mesh is None:
-        return of_kernels(kernels)
+        return fn(kernels)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    partitioned: Any = jax.sharding.auto_axes(of_kernels, axes=mesh.explicit_axes, out_sharding=everywhere)
+    partitioned: Any = jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=everywhere)
     return partitioned(kernels)
 
 

@@ -117,8 +117,7 @@ def coord_check(
 
 def _is_sure(record: WidthRecord) -> bool:
     """Whether the verdict on the whole is the same at both ends of all intervals."""
-    sure = {word for layer, word in record.verdicts.items() if layer not in record.doubtful}
-    return record.verdict in sure and not (record.verdict == "level" and record.doubtful)
+    return record.findings[0].is_sure if record.findings else not record.doubtful
 
 
 def over_training(

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from sklearn.datasets import load_digits
 
 import rmsjax
 
@@ -28,6 +27,8 @@ BYTES = 128  # ASCII
 
 def digits(examples=64):
     """Images of handwritten digits, standardised, and their labels."""
+    from sklearn.datasets import load_digits  # only here, so that the models do without it
+
     images, labels = load_digits(return_X_y=True)
     images = (images - images.mean()) / images.std()
     return images[:examples].astype(np.float32), labels[:examples].astype(np.int32)

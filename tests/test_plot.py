@@ -149,7 +149,7 @@ def test_steps_and_title_of_a_coord_check():
     ("slopes", "title"),
     [
         ([[0.0, 0.0, 0.0], [0.2, 0.3, 0.2]], "verdict: level ?"),
-        ([[0.0, 0.0, 0.0], [0.2, 0.3, 0.4]], "verdict: grows ?"),
+        ([[0.0, 0.0, 0.0], [0.25, 0.3, 0.35]], "verdict: grows ?"),
         ([[0.5, 0.5, 0.5], [0.2, 0.3, 0.2]], "verdict: grows"),
         ([[0.0, 0.0, 0.0], [0.1, 0.1, 0.1]], "verdict: level"),
     ],
@@ -160,7 +160,9 @@ def test_what_is_doubtful_in_the_table_is_so_in_the_picture(slopes, title):
     change = np.broadcast_to(4.0 ** np.array(slopes).T[:, None], (3, 2, 2)).copy()
     change[:, 0] = 0
     change = np.stack([np.where(change > 0, 1.0, 0.0), change])
-    drawn = WidthRecord(("a", "b"), widths, np.arange(3), np.ones(shape), change, np.ones((2, 2)), np.ones(shape[:3]))
+    drawn = WidthRecord(
+        ("a", "b"), widths, np.arange(3), np.ones(shape), change, widths[:, None] * np.ones(2), np.ones(shape[:3])
+    )
     words = assert_readable(plot.coord_check(drawn))
     assert title in words
     in_table = {line.split()[0] for line in repr(drawn).splitlines() if line.endswith(" ?")}

@@ -1,6 +1,6 @@
 """Run all benchmarks, or those that are named, and print one table in markdown.
 
-`gpu` and `spikes` are commands by themselves, with options of their own.
+`gpu`, `spikes` and `mistakes` are commands by themselves, with options of their own.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def function(name):
 
 
 def main():
-    if sys.argv[1:2] in (["gpu"], ["spikes"]):
+    if sys.argv[1:2] in (["gpu"], ["spikes"], ["mistakes"]):
         return function(f"{sys.argv[1]}.main")(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="all without a name")
