@@ -19,7 +19,8 @@ rotation-invariant norm of which that is true. So one number means the same in a
   sets their norm, `record_rms` lets them pass. `stable_adamw` is AdamW with update clipping. All keep what they saw in
   their state, and `rms_states` finds it there.
 - **Widths**: `coord_check` trains a model at several widths and says which layers grow or shrink with the width;
-  `compare_widths` measures models as they are. Both give a `WidthRecord`, which `rmsjax.plot` draws.
+  `compare_widths` measures models as they are. Both give a `WidthRecord`, which `rmsjax.plot` draws. `lr_sweep` trains
+  at many learning rates, and says how far the best one moves from width to width, in a `SweepRecord`.
 - **Inside a model**: `activation_rms` and `gradient_rms` measure every activation of an unchanged Flax model;
   `rmsjax.probe` does it for any function. `rms_operator_norm` tells how much a kernel can stretch the norm.
 - **Why this norm**: `rmsjax.geometry` has the theorems as functions, `rmsjax.testing` as assertions for your own code.
@@ -59,7 +60,7 @@ one: the others are "block".
 Public is what `dir()` of `rmsjax` and of its modules shows. Until 1.0 a minor version (0.2, 0.3) may change a public
 name, an argument, a field of a state or a default, and the list of changes says how to go on; a patch (0.1.1) never
 does. Numbers may change in their last digits with any version, and so may text that is for people: tables, messages,
-pictures. What a `WidthRecord` saved, later versions load. Names with an underscore, and modules that are not listed,
+pictures. What a record saved, later versions load. Names with an underscore, and modules that are not listed,
 may change at any time.
 """
 
@@ -93,6 +94,7 @@ _HOMES = {
         "ScaleByStableAdamState",
     ),
     "_coord_check": ("coord_check", "compare_widths", "WidthRecord"),
+    "_lr_sweep": ("lr_sweep", "SweepRecord"),
     "probe": ("activation_rms", "gradient_rms"),
     "_operator_norm": ("rms_operator_norm", "rms_operator_norm_by_path"),
 }
@@ -115,6 +117,8 @@ if TYPE_CHECKING:
     from rmsjax._coord_check import WidthRecord as WidthRecord
     from rmsjax._coord_check import compare_widths as compare_widths
     from rmsjax._coord_check import coord_check as coord_check
+    from rmsjax._lr_sweep import SweepRecord as SweepRecord
+    from rmsjax._lr_sweep import lr_sweep as lr_sweep
     from rmsjax._operator_norm import rms_operator_norm as rms_operator_norm
     from rmsjax._operator_norm import rms_operator_norm_by_path as rms_operator_norm_by_path
     from rmsjax.penalties import rms_penalty as rms_penalty

@@ -6,16 +6,11 @@ return a `WidthRecord`: plain arrays, the slopes in log-log scale with their int
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import inspect
 import math
-import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from os import PathLike
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -28,14 +23,35 @@ from jax import Array
 from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
 from rmsjax._checks import described
-from rmsjax._models import trainable
+from rmsjax._models import measure_layers, trainable
+from rmsjax._record import Record
 from rmsjax._tags import blank, partition
-from rmsjax._text import text_table, with_interval, wrapped
+from rmsjax._text import counted, text_table, with_interval, wrapped
+from rmsjax._training import (
+    Batch,
+    Call,
+    Kwargs,
+    Model,
+    advance,
+    as_call,
+    as_kwargs,
+    as_optimizer,
+    as_seeds,
+    as_sizes,
+    at_same_share,
+    at_size,
+    check_call,
+    check_takes,
+    integers,
+    learner,
+    on_mesh_of,
+    run_each,
+)
 from rmsjax._tree import tree_rms
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Float, Int, PyTree
+    from jaxtyping import Float, Int
 
 Quantity: TypeAlias = Literal["rms", "change", "l2"]
 
@@ -53,7 +69,7 @@ class Slopes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class WidthRecord:
+class WidthRecord(Record):
     r"""The RMS norms of the activations of a model at several widths, and what they say about its parametrisation.
 
     **Slopes.** A norm that scales as $\text{width}^p$ lies on a line of slope p in log-log scale. `slopes` fits p by
@@ -84,6 +100,7 @@ class WidthRecord:
         change: the RMS norm of the activation minus the same activation at step 0.
         sizes: the number of elements of each activation for one example of the batch.
         loss: the loss at each step; NaN if nothing was trained.
+        axis: "width", or "depth" if `widths` are the depths that `coord_check` was given.
 
     Example:
         >>> import tempfile
@@ -127,6 +144,7 @@ class WidthRecord:
     change: Float[np.ndarray, "widths seeds steps layers"]
     sizes: Int[np.ndarray, "widths layers"]
     loss: Float[np.ndarray, "widths seeds steps"]
+    axis: str = "width"
 
     @property
     def steps(self) -> int:
@@ -148,7 +166,7 @@ class WidthRecord:
         """One width over training: the mean over seeds at each step, by layer; what `plot.over_training` draws."""
         found = np.flatnonzero(self.widths == width)
         if not found.size:
-            raise ValueError(f"WidthRecord: width must be one of {self.widths.tolist()}, got {width!r}")
+            raise ValueError(f"WidthRecord: {self.axis} must be one of {self.widths.tolist()}, got {width!r}")
         return dict(zip(self.layers, self.over_seeds(quantity)[found[0]].T, strict=True))
 
     def slopes(self, quantity: Quantity = "rms") -> Slopes:
@@ -197,11 +215,11 @@ class WidthRecord:
             columns.append([title, *map(with_interval, slopes.mean, slopes.high)])
         words = [word + (" ?" if layer in self.doubtful else "") for layer, word in self.verdicts.items()]
         rows = zip(["layer", *self.layers], *columns, ["verdict", *words], strict=True)
-        seeds = _counted(len(self.seeds), "seed")
+        seeds = counted(len(self.seeds), "seed")
         return "\n".join(
             [
-                wrapped(f"slopes of log RMS against log width, mean over {seeds} ± 95 % interval"),
-                wrapped(f"widths {', '.join(map(str, self.widths))}; {_counted(self.steps, 'step')} of training"),
+                wrapped(f"slopes of log RMS against log {self.axis}, mean over {seeds} ± 95 % interval"),
+                wrapped(f"{self.axis}s {', '.join(map(str, self.widths))}; {counted(self.steps, 'step')} of training"),
                 "",
                 text_table(rows),
                 "",
@@ -211,8 +229,8 @@ class WidthRecord:
 
     def _conclusion(self) -> str:
         hit = [layer for layer, word in self.verdicts.items() if word == self.verdict]
-        where = "" if self.verdict == "level" else f" ({len(hit)} of {_counted(len(self.layers), 'layer')})"
-        doubts = f"; ? = another verdict within the interval: use more than {_counted(len(self.seeds), 'seed')}"
+        where = "" if self.verdict == "level" else f" ({len(hit)} of {counted(len(self.layers), 'layer')})"
+        doubts = f"; ? = another verdict within the interval: use more than {counted(len(self.seeds), 'seed')}"
         return f"verdict: {self.verdict}{where}{doubts if self.doubtful else ''}"
 
     def width_table(self, step: int = -1) -> str:
@@ -235,46 +253,39 @@ class WidthRecord:
         shape = self.rms.shape
         indices = np.indices(shape).reshape(4, -1)
         labels = (self.widths, self.seeds, np.arange(shape[2]), np.array(self.layers))
-        columns = {k: v[i] for k, v, i in zip(("width", "seed", "step", "layer"), labels, indices, strict=True)}
+        columns = {k: v[i] for k, v, i in zip((self.axis, "seed", "step", "layer"), labels, indices, strict=True)}
         wide = {"rms": self.rms, "change": self.change, "l2": self.l2, "loss": self.loss[..., None]}
         return columns | {k: np.broadcast_to(v, shape).ravel() for k, v in wide.items()}
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the record to one .npz file, at exactly this path."""
-        arrays: dict[str, Any] = {
-            field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)
-        }
-        with open(path, "wb") as file:
-            np.savez(file, **arrays)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> WidthRecord:
-        """The record that `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {field.name: file[field.name] for field in dataclasses.fields(cls)}
-        return cls(tuple(map(str, arrays.pop("layers"))), **arrays)
 
 
 # ------------------------------------------------------------------------------------------------------------- running
 
 
 def coord_check(
-    make_model: Callable[[int, nnx.Rngs], nnx.Module | MethodType | nn.Module],
-    batch: Sequence[PyTree],
+    make_model: Callable[[int, nnx.Rngs], Model],
+    batch: Batch | Callable[[int], Batch],
     *,
-    widths: Iterable[int],
+    widths: Iterable[int] | None = None,
+    depths: Iterable[int] | None = None,
     make_optimizer: Callable[[int], optax.GradientTransformation],
-    loss: Callable[[Any, Any], ArrayLike],
+    loss: Callable[[Any, Any], ArrayLike | tuple[ArrayLike, Any]],
+    kwargs: Kwargs | Callable[[int], Kwargs] | None = None,
     steps: int = 4,
     seeds: int | Iterable[int] = 3,
     progress: bool = True,
 ) -> WidthRecord:
-    """Train a model at several widths for a few steps, and judge how its activations and their changes scale.
+    r"""Train a model at several widths for a few steps, and judge how its activations and their changes scale.
 
     The coordinate check of muP: with a width-neutral parametrisation, the RMS norm of every activation and of its
     change since initialisation is the same at every width, so that hyperparameters found on a small model serve a
     large one. Where one grows, a wider model needs another learning rate or initialisation; where one shrinks, that
     layer stops learning. `WidthRecord` says how the verdict is reached; `rmsjax.plot.coord_check` draws the record.
+
+    **Depth.** With `depths` instead of widths the same is asked of deeper models, and slopes are exponents of the
+    depth. A residual stream $x \leftarrow x + f(x)$ grows like $\sqrt{\text{depth}}$ at the start, and its change like
+    the depth; with branches $f(x) / \text{depth}$ it is level, at the learning rate of all depths. Layers whose number
+    depends on the depth, such as "blocks/3/up" or one of a scan, are compared where they are at the same share of the
+    depth, under the names of the shallowest model. A block that returns the stream shows how it grows; norms hide it.
 
     Each width compiles one program, in which all seeds train side by side; activations never leave it. The model sees
     the same batch and the same random numbers (dropout) at every step, and its state other than parameters (running
@@ -282,14 +293,19 @@ def coord_check(
 
     Args:
         make_model: `(width, rngs)` to a Flax NNX module or a method of one, or to a Linen module, which is initialised
-            here.
-        batch: the arguments of the model, and last what the loss compares the output with: (x, labels). Arrays are
-            traced, all else, such as a flag, reaches the model as it is. Of arrays on a mesh with explicit axes, call
-            this under `jax.set_mesh(mesh)`, as the parameters are made here.
+            here. This is also the place for `model.eval()` and the like.
+        batch: the arguments of the model, and last what the loss compares the output with: (x, labels); or a function
+            of the width that returns these. Arrays are traced, all else, such as a flag, reaches the model as it is.
+            Arrays may be sharded, also over explicit axes.
         widths: at least two; what width means is up to make_model and make_optimizer.
+        depths: the same, in the place of widths. All functions of the width are then given the depth.
         make_optimizer: width to an optax transformation, since the learning rates of muP depend on it. Its update is
             given the extra arguments that some of optax's ask for: value, grad and value_fn.
-        loss: `(output, target)` to a loss, which is averaged if it is not a scalar.
+        loss: `(output, target)` to a loss, which is averaged if it is not a scalar, or to a tuple `(loss, aux)`, of
+            which aux is not used.
+        kwargs: the keyword arguments of the model, such as {"mask": mask}, or a function of the width that returns
+            them. In Linen those of `module.apply`: `rngs`, `method` and `mutable` too. With `mutable` the output that
+            the loss is given is what `apply` returns, a tuple of the output and the collections.
         steps: how many steps to train.
         seeds: how many seeds, or which; intervals need two at least, three or more are worth having.
         progress: show a bar over widths, if tqdm is installed.
@@ -298,10 +314,14 @@ def coord_check(
         The record: norms, slopes, verdicts; print it for a table.
 
     Raises:
-        TypeError: widths, steps or seeds are not integers; make_model, make_optimizer or loss is no function of these
-            arguments; make_model does not return a Flax module, or make_optimizer no optax transformation.
+        TypeError: widths, steps or seeds are not integers; neither widths nor depths, or both; make_model,
+            make_optimizer, loss, or batch or kwargs as functions, do not take these arguments, and the model not what
+            batch and kwargs have; make_model does not return a Flax module, make_optimizer no optax transformation, or
+            the loss no floating-point number.
         ValueError: fewer than two widths, no step, no seed, one of them twice; a batch without a target; widths at
-            which the model has different layers.
+            which the model has different layers; arrays on several meshes with explicit axes.
+
+    All of them come before anything is compiled.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -318,49 +338,47 @@ def coord_check(
 
     Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1.
     """
-    _check_takes("make_model", make_model, ("width", "rngs"), "lambda width, rngs: Model(width, rngs=rngs)")
-    _check_takes("make_optimizer", make_optimizer, ("width",), "lambda width: optax.adam(1e-3)")
-    _check_takes("loss", loss, ("output", "target"), "lambda output, target: ...")
-    widths = _integers("coord_check", "widths", widths, least=1, count=2)
-    if not isinstance(seeds, Iterable):
-        seeds = range(*_integers("coord_check", "seeds", [seeds], least=1))
-    seeds = _integers("coord_check", "seeds", seeds, least=0)
-    (steps,) = _integers("coord_check", "steps", [steps], least=1)
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        got = f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else described(batch)
-        raise ValueError(f"coord_check: batch must be a tuple such as (x, labels), the target last, got {got}")
-    optimizers = {width: make_optimizer(width) for width in widths}
-    for optimizer in optimizers.values():
-        if not isinstance(optimizer, optax.GradientTransformation):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                "coord_check: make_optimizer must return an optax transformation, such as optax.adam(1e-3), "
-                f"got {described(optimizer)}"
-            )
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    arrays, join = partition(tuple(batch))
+    function = "coord_check"
+    axis, sizes = as_sizes(function, widths, depths)
+    check_takes(function, "make_model", make_model, (axis, "rngs"), f"lambda {axis}, rngs: Model({axis}, rngs=rngs)")
+    check_takes(function, "make_optimizer", make_optimizer, (axis,), f"lambda {axis}: optax.adam(1e-3)")
+    check_takes(function, "loss", loss, ("output", "target"), "lambda output, target: ...")
+    seeds, keys = as_seeds(function, seeds)
+    (steps,) = integers(function, "steps", [steps], least=1)
+    calls = {
+        size: as_call(
+            function, at_size(function, "batch", batch, axis, size), at_size(function, "kwargs", kwargs, axis, size)
+        )
+        for size in sizes
+    }
+    optimizers = {size: as_optimizer(function, make_optimizer(size)) for size in sizes}
 
-    def trained(width: int) -> _Measured:
-        def train(arrays: list[Array], key: Array) -> _Measured:
-            return _train(partial(make_model, width), optimizers[width], loss, steps, join(arrays), key)
+    def train(size: int, call: Call, keys: Array) -> _Measured:
+        train_one = partial(_train, partial(make_model, size), optimizers[size], loss, steps, call)
+        return jax.vmap(train_one)(keys)
 
-        return jax.device_get(jax.jit(jax.vmap(train, in_axes=(None, 0)))(arrays, keys))
-
-    return _record("coord_check", widths, seeds, [trained(width) for width in _with_bar(widths, progress)])
+    check = partial(_layers, function, axis, sizes)
+    measured = run_each(function, axis, train, calls, keys, check=check, progress=progress)
+    return _record(function, axis, sizes, seeds, measured)
 
 
-def compare_widths(models: Mapping[int, Any], *args: Any) -> WidthRecord:
+def compare_widths(
+    models: Mapping[int, Any], *args: Any, kwargs: Kwargs | Callable[[int], Kwargs] | None = None
+) -> WidthRecord:
     """Measure models of several widths as they are: the RMS norm of every activation, side by side.
 
     Args:
         models: from width to a Flax NNX module, a method of one, or a tuple (Linen module, variables); or to a list of
             these (seeds).
-        args: what the models are called with, as in `rmsjax.activation_rms`.
+        args: what the models are called with, as in `rmsjax.activation_rms`; or a single function of the width that
+            returns a tuple of them.
+        kwargs: their keyword arguments, as in `coord_check`.
 
     Returns:
         A record with step 0 only; `print(record.width_table())` shows RMS beside L2 norms.
 
     Raises:
-        TypeError: a width is not an integer, a model not a Flax module.
+        TypeError: a width is not an integer, a model not a Flax module, or not one that takes these arguments.
         ValueError: fewer than two widths, lists of different lengths, widths at which the model has different layers.
 
     Example:
@@ -374,14 +392,30 @@ def compare_widths(models: Mapping[int, Any], *args: Any) -> WidthRecord:
 
     Source: the first step of a coordinate check, Yang et al. (arXiv 2203.03466), appendix D.1.
     """
-    widths = _integers("compare_widths", "widths", models, least=1, count=2)
+    function = "compare_widths"
+    widths = integers(function, "widths", models, least=1, count=2)
     by_width = [list(models[w]) if isinstance(models[w], list) else [models[w]] for w in widths]
     if len(set(map(len, by_width))) > 1 or not by_width[0]:
-        raise ValueError(f"compare_widths: each width must have as many models, got {list(map(len, by_width))}")
+        raise ValueError(f"{function}: each width must have as many models, got {list(map(len, by_width))}")
+
+    def call(width: int) -> Call:
+        given: Any = at_size(function, "args", args[0], "width", width) if _is_function(args) else args
+        if not isinstance(given, tuple):
+            raise TypeError(
+                f"{function}: args must be a function (width) of a tuple, such as (x,), got {described(given)}"
+            )
+        return Call(given, as_kwargs(function, at_size(function, "kwargs", kwargs, "width", width)), None)
+
+    calls = list(map(call, widths))
     measured = [
-        jax.tree.map(lambda *leaves: np.stack(leaves), *map(partial(_measure, args), group)) for group in by_width
+        jax.tree.map(lambda *leaves: np.stack(leaves), *map(partial(_measure, call), group))
+        for call, group in zip(calls, by_width, strict=True)
     ]
-    return _record("compare_widths", widths, list(range(len(by_width[0]))), measured)
+    return _record(function, "width", widths, list(range(len(by_width[0]))), measured)
+
+
+def _is_function(args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and callable(args[0]) and not isinstance(args[0], (nnx.Module, nn.Module))
 
 
 _Activations: TypeAlias = "OrderedDict[str, Array]"  # each with the axes (*loops, examples, elements)
@@ -398,55 +432,47 @@ class _Measured(NamedTuple):
 
 def _train(
     make_model: Callable[[nnx.Rngs], Any],
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     loss: Callable[[Any, Any], Any],
     steps: int,
-    batch: tuple[Any, ...],
+    call: Call,
     key: Array,
 ) -> _Measured:
     """One width, one seed."""
-    *args, target = batch
-    model = make_model(nnx.Rngs(key))
-    if isinstance(model, nn.Module):
-        model = (model, model.init(key, *args))
-    params, program = trainable("coord_check", model, key)
-    optimizer = optax.with_extra_args_support(optimizer)
+    params, objective = learner("coord_check", make_model, loss, call, key)
 
-    def objective(params: Any) -> tuple[Array, _Activations]:
-        output, activations = program(params, *args)
-        try:
-            return jnp.mean(loss(output, target)), activations
-        except Exception as error:
-            error.add_note(f"coord_check: loss was given output, {described(output)}, and target, {described(target)}")
-            raise
+    def measured(params: Any) -> tuple[Array, _Activations]:
+        return measure_layers(objective, params, call)
 
     def step(carry: Any, index: Array) -> tuple[Any, Any]:
         params, state, first = carry
-        (value, now), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        (value, now), grads = jax.value_and_grad(measured, has_aux=True)(params)
         # Step 0 is run by the same program as all others, so what did not learn has changed by 0, not by rounding.
         first = jax.tree.map(lambda new, old: jnp.where(index == 0, new, old), now, first)
-        # Some optimizers ask for more than the gradient: a schedule for the loss, a line search for the function.
-        more = {"value": value, "grad": grads, "value_fn": lambda params: objective(params)[0]}
-        updates, state = optimizer.update(grads, state, params, **more)
+        params, state = advance(optimizer, objective, call, value, grads, params, state)
         norms = _norms((now, jax.tree.map(_difference, now, first)))
-        return (optax.apply_updates(params, updates), state, first), (norms, value)
+        return (params, state, first), (norms, value)
 
-    _, shapes = jax.eval_shape(objective, params)
+    _, shapes = jax.eval_shape(measured, params)
     start = params, optimizer.init(params), blank(shapes)
     _, ((rms, change), losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
     return _Measured(rms, change, _sizes(shapes), losses)
 
 
-def _measure(args: tuple[Any, ...], model: Any) -> _Measured:
+def _measure(call: Call, model: Any) -> _Measured:
     """One model as it is."""
+    check_call("compare_widths", model, call, positional="args")
     params, program = trainable("compare_widths", model, jax.random.key(0))
+    arrays, join = partition(call)
 
-    def measure(params: Any) -> _Measured:
-        _, activations = program(params, *args)
+    def measure(params: Any, arrays: list[Array]) -> _Measured:
+        args, kwargs, _ = join(arrays)
+        _, activations = measure_layers(program, params, args, kwargs)
         rms = _norms(activations)
         return _Measured(rms, jax.tree.map(jnp.zeros_like, rms), _sizes(activations), jnp.full((), jnp.nan))
 
-    return jax.tree.map(lambda x: np.asarray(x)[None], jax.jit(measure)(params))
+    with on_mesh_of("compare_widths", arrays):
+        return jax.tree.map(lambda x: np.asarray(x)[None], jax.jit(measure)(params, arrays))
 
 
 def _norms(activations: Any) -> Any:
@@ -464,65 +490,55 @@ def _sizes(activations: _Activations) -> OrderedDict[str, Array]:
     return OrderedDict((name, jnp.asarray(x.shape[-1])) for name, x in activations.items())
 
 
-def _record(function: str, widths: list[int], seeds: list[int], measured: list[_Measured]) -> WidthRecord:
-    """What was measured at each width, as arrays; each iteration of a loop is a layer of its own."""
-    tables: list[dict[str, tuple[Any, Any, int]]] = []
-    for at_width in measured:
-        table: dict[str, tuple[Any, Any, int]] = {}
-        for name, rms in at_width.rms.items():
-            for i in np.ndindex(rms.shape[2:]):
-                label = name + "".join(f"[{k}]" for k in i)
-                table[label] = (rms[:, :, *i], at_width.change[name][:, :, *i], at_width.sizes[name].flat[0])
-        tables.append(table)
-    layers = tuple(tables[0])
-    for width, table in zip(widths, tables, strict=True):
-        if different := set(layers) ^ set(table):
+def _layers(function: str, axis: str, sizes: list[int], measured: list[_Measured]) -> list[dict[str, _Place]]:
+    """Where the layers that are compared are at each size, by the name that they share.
+
+    Each iteration of a loop is a layer of its own. Of deeper models some are chosen, at the same share of the depth.
+    """
+    found = [
+        {
+            name + "".join(f"[{k}]" for k in i): (name, i)
+            for name, x in each.rms.items()
+            for i in np.ndindex(x.shape[2:])
+        }
+        for each in measured
+    ]
+    if axis == "depth":
+        found = [
+            {name: places[own] for name, own in chosen.items()}
+            for places, chosen in zip(found, at_same_share(found), strict=True)
+        ]
+    for size, places in zip(sizes, found, strict=True):
+        if different := set(found[0]) ^ set(places):
             raise ValueError(
-                f"{function}: the model must have the same layers at every width; "
-                f"at widths {widths[0]} and {width} they differ in {sorted(different)}"
+                f"{function}: the model must have the same layers at every {axis}; "
+                f"at {axis}s {sizes[0]} and {size} they differ in {sorted(different)}"
             )
-    columns = [[np.stack(column, -1) for column in zip(*map(table.get, layers), strict=True)] for table in tables]
-    rms, change, sizes = (np.stack(parts) for parts in zip(*columns, strict=True))
-    losses = np.stack([at_width.loss for at_width in measured])
-    return WidthRecord(
-        layers, np.array(widths), np.array(seeds), rms.astype(float), change.astype(float), sizes, losses.astype(float)
-    )
-
-
-def _check_takes(argument: str, function: Any, takes: tuple[str, ...], example: str) -> None:
-    """TypeError unless this is a function that takes these arguments by position."""
-    expected = f"coord_check: {argument} must be a function ({', '.join(takes)})"
-    if not callable(function) or isinstance(function, (nnx.Module, nn.Module)):  # a model can be called too
-        raise TypeError(f"{expected}, got {described(function)}; write {example}")
-    with contextlib.suppress(ValueError):  # some builtins have no signature
-        signature = inspect.signature(function)
-        try:
-            signature.bind(*takes)
-        except TypeError:
-            name = getattr(function, "__name__", type(function).__name__)
-            raise TypeError(f"{expected}, got {name}{signature}; write {example}") from None
-
-
-def _integers(function: str, argument: str, values: Iterable[int], *, least: int, count: int = 1) -> list[int]:
-    """Distinct integers, in ascending order."""
-    try:
-        found = sorted(operator.index(value) for value in values)
-    except TypeError:
-        raise TypeError(f"{function}: {argument} must be integers, got {values!r:.80}") from None
-    if len(found) < count or len(set(found)) < len(found):
-        raise ValueError(f"{function}: {argument} must be {count} or more, none of them twice, got {found}")
-    if found[0] < least:
-        raise ValueError(f"{function}: {argument} must be at least {least}, got {found[0]}")
     return found
 
 
-def _with_bar(widths: list[int], progress: bool) -> Iterable[int]:
-    if progress:
-        with contextlib.suppress(ImportError):
-            from tqdm.auto import tqdm
+_Place: TypeAlias = tuple[str, tuple[int, ...]]  # the name of an activation, and the iterations of loops
 
-            return tqdm(widths, desc="coord_check", unit="width")
-    return widths
+
+def _record(function: str, axis: str, sizes: list[int], seeds: list[int], measured: list[_Measured]) -> WidthRecord:
+    """What was measured at each size, as arrays."""
+    found = _layers(function, axis, sizes, measured)
+    layers = tuple(found[0])
+    places = [[places[layer] for layer in layers] for places in found]
+
+    def stacked(quantity: Literal["rms", "change"]) -> np.ndarray:
+        return np.stack(
+            [
+                np.stack([np.asarray(getattr(each, quantity)[name][:, :, *i], float) for name, i in chosen], -1)
+                for each, chosen in zip(measured, places, strict=True)
+            ]
+        )
+
+    counts = [[each.sizes[name].flat[0] for name, _ in chosen] for each, chosen in zip(measured, places, strict=True)]
+    losses = np.stack([each.loss for each in measured]).astype(float)
+    return WidthRecord(
+        layers, np.array(sizes), np.array(seeds), stacked("rms"), stacked("change"), np.array(counts), losses, axis
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -538,10 +554,3 @@ def _fit(widths: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The least-squares slope of log values against log widths along the first axis."""
     x, y = np.log(widths) - np.mean(np.log(widths)), _logs(values)
     return np.tensordot(x, y - y[0], 1) / np.sum(x**2)  # less the first, so that of equal values it is exactly 0
-
-
-# ----------------------------------------------------------------------------------------------------------------- text
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -42,3 +42,8 @@ def text_table(rows: Iterable[Sequence[str]]) -> str:
 def with_interval(mean: float, high: float) -> str:
     """A slope and its interval, which is symmetric."""
     return f"{mean:+z.2f} ±{high - mean:.2f}"
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number of things."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
