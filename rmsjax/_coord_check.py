@@ -25,7 +25,7 @@ from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 from rmsjax._checks import described
 from rmsjax._models import measure_layers, trainable
 from rmsjax._record import Record
-from rmsjax._tags import blank, partition
+from rmsjax._tags import blank
 from rmsjax._text import counted, text_table, with_interval, wrapped
 from rmsjax._training import (
     Batch,
@@ -44,7 +44,6 @@ from rmsjax._training import (
     check_takes,
     integers,
     learner,
-    on_mesh_of,
     run_each,
 )
 from rmsjax._tree import tree_rms
@@ -406,11 +405,23 @@ def compare_widths(
             )
         return Call(given, as_kwargs(function, at_size(function, "kwargs", kwargs, "width", width)), None)
 
-    calls = list(map(call, widths))
-    measured = [
-        jax.tree.map(lambda *leaves: np.stack(leaves), *map(partial(_measure, call), group))
-        for call, group in zip(calls, by_width, strict=True)
-    ]
+    calls = {width: call(width) for width in widths}
+    for width, group in zip(widths, by_width, strict=True):
+        for model in group:
+            check_call(function, model, calls[width], positional="args")
+    trained = {
+        width: [trainable(function, model, jax.random.key(0)) for model in group]
+        for width, group in zip(widths, by_width, strict=True)
+    }
+
+    def measure(width: int, given: tuple[Call, list[Any]]) -> _Measured:
+        programs = [program for _, program in trained[width]]
+        each = [_measure(program, params, given[0]) for program, params in zip(programs, given[1], strict=True)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+    given = {width: (calls[width], [params for params, _ in trained[width]]) for width in widths}
+    check = partial(_layers, function, "width", widths)
+    measured = run_each(function, "width", measure, given, check=check, progress=False)
     return _record(function, "width", widths, list(range(len(by_width[0]))), measured)
 
 
@@ -459,20 +470,11 @@ def _train(
     return _Measured(rms, change, _sizes(shapes), losses)
 
 
-def _measure(call: Call, model: Any) -> _Measured:
+def _measure(program: Callable[..., Any], params: Any, call: Call) -> _Measured:
     """One model as it is."""
-    check_call("compare_widths", model, call, positional="args")
-    params, program = trainable("compare_widths", model, jax.random.key(0))
-    arrays, join = partition(call)
-
-    def measure(params: Any, arrays: list[Array]) -> _Measured:
-        args, kwargs, _ = join(arrays)
-        _, activations = measure_layers(program, params, args, kwargs)
-        rms = _norms(activations)
-        return _Measured(rms, jax.tree.map(jnp.zeros_like, rms), _sizes(activations), jnp.full((), jnp.nan))
-
-    with on_mesh_of("compare_widths", arrays):
-        return jax.tree.map(lambda x: np.asarray(x)[None], jax.jit(measure)(params, arrays))
+    _, activations = measure_layers(program, params, call.args, call.kwargs)
+    rms = jax.tree.map(lambda norm: norm[None], _norms(activations))  # of a single step
+    return _Measured(rms, jax.tree.map(jnp.zeros_like, rms), _sizes(activations), jnp.full(1, jnp.nan))
 
 
 def _norms(activations: Any) -> Any:

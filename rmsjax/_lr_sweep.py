@@ -20,7 +20,7 @@ from rmsjax._checks import as_number, described
 from rmsjax._models import Static
 from rmsjax._record import Record
 from rmsjax._tags import is_array
-from rmsjax._text import counted, text_table, wrapped
+from rmsjax._text import counted, moves, text_table, wrapped
 from rmsjax._training import (
     Batch,
     Call,
@@ -178,17 +178,17 @@ class SweepRecord(Record):
             lost = [str(w) for w, best in zip(self.widths, self._best, strict=True) if best is None]
             yield f"no best learning rate: all have diverged at {axis} {', '.join(lost)}; use smaller ones"
             return
-        low, high = (self.learning_rates[k] for k in (first, last))
-        way = "falls" if last < first else "rises"
-        moves = "it stays" if first == last else f"it {way} by a factor of {max(low / high, high / low):.3g}"
-        yield f"best learning rate: {low:.3g} at {axis} {small}, {high:.3g} at {axis} {large}: {moves}"
+        low, high = (f"{self.learning_rates[k]:.3g}" for k in (first, last))
+        yield f"best learning rate: {low} at {axis} {small}, {high} at {axis} {large}: it {moves(self.drift)}"
         if first != last:
             cost = f"gives a loss of {final[first]:.4g} instead of {final[last]:.4g}"
             cost = cost if math.isfinite(final[first]) else "diverges"
             yield f"at {axis} {large} the best rate of {axis} {small} {cost}{self._interval()}"
-        if self.at_edge:
-            where = ", ".join(map(str, self.at_edge))
-            yield f"the best rate is at the edge of the grid at {axis} {where}: use more learning_rates on that side"
+        for end, word in ((0, "smallest"), (len(self.learning_rates) - 1, "largest")):
+            where = [str(w) for w, best in zip(self.widths, self._best, strict=True) if best == end]
+            if where:
+                side = word.replace("est", "er")
+                yield f"the {word} rate is the best at {axis} {', '.join(where)}: try {side} ones too"
 
     def _interval(self) -> str:
         regrets = self._regret_by_seed
