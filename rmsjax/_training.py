@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -278,7 +277,7 @@ def at_same_share(names: Sequence[Iterable[str]]) -> list[dict[str, str]]:
     """For models of several depths, from names that all of them share to the names that each of them has.
 
     A number in a name counts a stack of layers if there are more of them in a deeper model. As many are chosen as the
-    shallowest model has, from the first to the last, at equal shares of the depth; the others have no part in this.
+    shallowest model has, at equal shares of the depth, up to the last; the others have no part in this.
     """
     split = [{tuple(re.split(r"(\d+)", name)): name for name in own} for own in names]
     pairs = list(_paired([list(own) for own in split]))
@@ -297,18 +296,18 @@ def _paired(names: list[list[_Parts]], shared: _Parts = ()) -> Iterator[tuple[_P
     ends = [next((name for name in own if len(name) == at), None) for own in names]
     if any(ends):
         yield shared, ends
-    # Layers are of one kind if all that is in them has the same names: attention is not paired with an MLP.
+    # Layers are of one kind if what is in them has the same names but for numbers: attention is no pair of an MLP.
     kinds: list[dict[Any, list[str]]] = [{} for _ in names]
     for own, by_kind in zip(names, kinds, strict=True):
         for head in dict.fromkeys(name[at] for name in own if len(name) > at):
-            kind = frozenset(name[at + 1 :] for name in own if name[at:][:1] == (head,))
+            kind = frozenset(name[at + 1 :: 2] for name in own if name[at:][:1] == (head,))
             by_kind.setdefault(kind if at % 2 else None, []).append(head)
     for kind in dict.fromkeys(kind for by_kind in kinds for kind in by_kind):
         heads = [by_kind.get(kind, []) for by_kind in kinds]
         fewest = min(map(len, heads))
         if at % 2 and any(len(own) > fewest for own in heads):
-            shares = np.linspace(0, 1, fewest) if fewest > 1 else np.ones(fewest)
-            heads = [[own[round(share * (len(own) - 1))] for share in shares] for own in heads]
+            ends = range(1, fewest + 1)  # what a layer returns is at its end: of two layers at 1/2 and 1 of the depth
+            heads = [[own[round(end * len(own) / fewest) - 1] for end in ends] for own in heads]
             rows = list(zip(*heads, strict=True))
         else:
             rows = [(head,) * len(names) for head in dict.fromkeys(head for own in heads for head in own)]

@@ -276,7 +276,11 @@ GOOD = {"mask": MASK}
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"kwargs": {"msk": MASK}}, TypeError, r"ByKeyword.__call__\(self, x, \*, mask, .* kwargs \(msk\): missing a re"),
+        (
+            {"kwargs": {"msk": MASK}},
+            TypeError,
+            r"ByKeyword.__call__\(self, x, \*, mask, .* kwargs \(msk\): missing a re",
+        ),
         ({"kwargs": {**GOOD, "msk": 1}}, TypeError, r"kwargs \(mask, msk\): got an unexpected keyword argument 'msk'"),
         ({}, TypeError, r"kwargs \(none\): missing a required.* argument: 'mask'"),
         ({"batch": (X, X, Y), "kwargs": GOOD}, TypeError, r"\(2 without the target\) and .*: too many positional"),
@@ -329,3 +333,92 @@ def test_arrays_on_several_meshes():
     x, y = (jax.device_put(a, jax.NamedSharding(mesh, P("data"))) for a, mesh in zip((X, Y), meshes, strict=True))
     with pytest.raises(ValueError, match="coord_check: all arrays must be on one mesh, got some on each of"):
         coordinates(ByKeyword, (x, y), kwargs=GOOD)
+
+
+# --------------------------------------------------------------------------------------------------------------- depth
+
+
+# The names at a depth; of two, four and eight, those that are shared; and what they are at depth eight.
+STACKS = {
+    "suffixes": (lambda n: ["in", *(f"b{i}" for i in range(n)), "out"], "in b0 b1 out", "in b3 b7 out"),
+    "paths": (
+        lambda n: [f"b/{i}/{part}" for i in range(n) for part in ("up", "down")],
+        "b/0/up b/0/down b/1/up b/1/down",
+        "b/3/up b/3/down b/7/up b/7/down",
+    ),
+    "a scan": (lambda n: [*(f"b[{i}]" for i in range(n)), "conv3x3"], "b[0] b[1] conv3x3", "b[3] b[7] conv3x3"),
+    "gaps": (lambda n: [f"layers/{2 * i}" for i in range(n)], "layers/0 layers/2", "layers/6 layers/14"),
+    "stages": (
+        lambda n: [f"stage{s}/b{i}" for s in range(2) for i in range(n)],
+        "stage0/b0 stage0/b1 stage1/b0 stage1/b1",
+        "stage0/b3 stage0/b7 stage1/b3 stage1/b7",
+    ),
+    "by turns": (
+        lambda n: [f"l/{2 * i + k}/{part}" for i in range(n) for k, part in enumerate(["attention", "mlp"])],
+        "l/0/attention l/1/mlp l/2/attention l/3/mlp",
+        "l/6/attention l/7/mlp l/14/attention l/15/mlp",
+    ),
+    "called again": (lambda n: ["tied", *(f"tied#{i}" for i in range(2, n + 1))], "tied tied#2", "tied tied#8"),
+    "no stack": (lambda n: ["first", "second"], "first second", "first second"),
+}
+
+
+@pytest.mark.parametrize(("names", "shared", "deepest"), STACKS.values(), ids=STACKS.keys())
+def test_layers_at_the_same_share_of_the_depth(names, shared, deepest):
+    small, middle, deep = at_same_share([names(n) for n in (2, 4, 8)])
+    assert list(small) == list(small.values()) == shared.split()
+    assert list(deep) == list(middle) == list(small)
+    assert list(deep.values()) == deepest.split()
+
+
+def test_shares_of_the_depth():
+    _, deep = at_same_share([[f"b{i}" for i in range(n)] for n in (3, 10)])
+    assert list(deep.items()) == [("b0", "b2"), ("b1", "b6"), ("b2", "b9")]
+    assert at_same_share([["b0"], ["b0", "b1", "b2"]])[1] == {"b0": "b2"}
+    assert at_same_share([["a", "b0"], ["c", "b0"]]) == [{"a": "a", "b0": "b0"}, {"b0": "b0", "c": "c"}]
+
+
+class Residual(nnx.Module):
+    """Blocks, in a row or in a scan, that return the residual stream."""
+
+    def __init__(self, depth, rngs, *, power, scanned):
+        self.depth, self.scanned = depth, scanned
+        if scanned:
+            self.block = nnx.vmap(lambda key: Block(nnx.Rngs(key), depth**-power))(jax.random.split(rngs(), depth))
+        else:
+            for i in range(depth):
+                setattr(self, f"block{i}", Block(rngs, depth**-power))
+
+    def __call__(self, x):
+        if self.scanned:
+            return nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.block)
+        for i in range(self.depth):
+            x = getattr(self, f"block{i}")(x)
+        return x
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs, scale):
+        self.up, self.scale = nnx.Linear(8, 8, rngs=rngs), scale
+
+    def __call__(self, x):
+        return x + self.scale * self.up(jnp.tanh(x))
+
+
+@pytest.mark.parametrize(
+    ("power", "verdict", "scanned"), [(0, "grows", False), (1, "level", False), (1, "level", True)]
+)
+def test_depth(power, verdict, scanned):
+    """Without a factor the stream and its change grow; with 1/depth both are level, at one learning rate of Adam."""
+    record = coordinates(
+        lambda depth, rngs: Residual(depth, rngs, power=power, scanned=scanned), (X, Y), widths=None, depths=[2, 4, 16],
+        loss=lambda y, t: optax.l2_loss(y[:, :1], t), make_optimizer=lambda depth: optax.adam(1e-3), steps=2, seeds=2,
+    )  # fmt: skip
+    blocks = ["block/up[{}]", "block[{}]"] if scanned else ["block{}/up", "block{}"]
+    assert set(record.layers) == {*(block.format(i) for i in range(2) for block in blocks), "Residual"}
+    assert record.verdict == verdict
+    assert record.verdicts["Residual"] == verdict
+    assert (record.axis, record.widths.tolist()) == ("depth", [2, 4, 16])
+    assert "against log depth" in str(record)
+    assert "depths 2, 4, 16; 2 steps" in str(record)
+    assert {"depth", "layer"} < set(record.to_dict())
