@@ -42,6 +42,7 @@ from rmsjax._training import (
     at_size,
     check_call,
     check_takes,
+    for_each,
     integers,
     learner,
     run_each,
@@ -286,7 +287,7 @@ def coord_check(
     depends on the depth, such as "blocks/3/up" or one of a scan, are compared where they are at the same share of the
     depth, under the names of the shallowest model. A block that returns the stream shows how it grows; norms hide it.
 
-    Each width compiles one program, in which all seeds train side by side; activations never leave it. The model sees
+    Each width compiles one program, which trains all seeds; activations never leave it. The model sees
     the same batch and the same random numbers (dropout) at every step, and its state other than parameters (running
     averages) stays as it is, so that only learning changes an activation.
 
@@ -354,7 +355,7 @@ def coord_check(
 
     def train(size: int, call: Call, keys: Array) -> _Measured:
         train_one = partial(_train, partial(make_model, size), optimizers[size], loss, steps, call)
-        return jax.vmap(train_one)(keys)
+        return for_each(keys, train_one)
 
     check = partial(_layers, function, axis, sizes)
     measured = run_each(function, axis, train, calls, keys, check=check, progress=progress)
@@ -539,7 +540,7 @@ def _record(function: str, axis: str, sizes: list[int], seeds: list[int], measur
     counts = [[each.sizes[name].flat[0] for name, _ in chosen] for each, chosen in zip(measured, places, strict=True)]
     losses = np.stack([each.loss for each in measured]).astype(float)
     return WidthRecord(
-        layers, np.array(sizes), np.array(seeds), stacked("rms"), stacked("change"), np.array(counts), losses, axis
+        layers, np.array(sizes), np.array(seeds), stacked("rms"), stacked("change"), np.array(counts), losses, axis=axis
     )
 
 

@@ -33,6 +33,7 @@ from rmsjax._training import (
     as_sizes,
     at_size,
     check_takes,
+    for_each,
     integers,
     learner,
     run_each,
@@ -294,18 +295,10 @@ def lr_sweep(
 
     def train(size: int, calls: tuple[Call, int], keys: Array, rates: Array) -> Array:
         train_one = partial(_train, partial(make_model, size), partial(make_optimizer, size), loss, steps, *calls)
-        return _for_each(keys, lambda key: _for_each(rates, lambda rate: train_one(key, rate)))
+        return for_each(keys, lambda key: for_each(rates, lambda rate: train_one(key, rate)))
 
     losses = run_each(function, axis, train, calls, keys, jnp.asarray(rates), progress=progress)
     return SweepRecord(np.array(sizes), np.array(seeds), rates, np.stack(losses).astype(float), axis)
-
-
-def _for_each(xs: Array, fn: Callable[[Array], Array]) -> Array:
-    """fn of each element, side by side; on a CPU one after the other, which takes less than half the time there.
-
-    XLA has no fast product of batches of matrices on a CPU, and a single copy of a model stays in its caches.
-    """
-    return jax.lax.map(fn, xs) if jax.default_backend() == "cpu" else jax.vmap(fn)(xs)
 
 
 def _train(

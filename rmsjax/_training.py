@@ -7,7 +7,8 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from types import MethodType
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import flax.linen as nn
 import jax
@@ -21,14 +22,9 @@ from rmsjax._checks import described
 from rmsjax._models import streams, trainable
 from rmsjax._tags import is_array, partition
 
-if TYPE_CHECKING:
-    from types import MethodType
-
-    from jaxtyping import PyTree
-
-Model: TypeAlias = "nnx.Module | MethodType | nn.Module | tuple[nn.Module, Mapping[str, Any]]"
-Batch: TypeAlias = "Sequence[PyTree]"
-Kwargs: TypeAlias = "Mapping[str, PyTree]"
+Model: TypeAlias = nnx.Module | MethodType | nn.Module | tuple[nn.Module, Mapping[str, Any]]
+Batch: TypeAlias = Sequence[Any]
+Kwargs: TypeAlias = Mapping[str, Any]
 
 # ----------------------------------------------------------------------------------------------------------- arguments
 
@@ -246,6 +242,14 @@ def run_each(
         with on_mesh_of(function, arrays):
             results.append(jax.device_get(program.lower().compile()(arrays, *more)))
     return results
+
+
+def for_each(xs: Array, fn: Callable[[Array], Any]) -> Any:
+    """fn of each element, side by side; on a CPU one after the other, which takes less than half the time there.
+
+    XLA has no fast product of batches of matrices on a CPU, and a single copy of a model stays in its caches.
+    """
+    return jax.lax.map(fn, xs) if jax.default_backend() == "cpu" else jax.vmap(fn)(xs)
 
 
 @contextlib.contextmanager
