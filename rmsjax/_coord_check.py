@@ -7,7 +7,6 @@ return a `WidthRecord`: plain arrays, the slopes in log-log scale with their int
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -20,11 +19,10 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
 from rmsjax._checks import described
 from rmsjax._models import measure_layers, trainable
-from rmsjax._record import Record
+from rmsjax._record import Record, half_interval
 from rmsjax._tags import blank
 from rmsjax._text import counted, text_table, with_interval, wrapped
 from rmsjax._training import (
@@ -172,10 +170,7 @@ class WidthRecord(Record):
     def slopes(self, quantity: Quantity = "rms") -> Slopes:
         """The slopes in log-log scale against width, for each step and layer; of 0 everywhere the slope is 0."""
         by_seed = _fit(self.widths, getattr(self, quantity))
-        mean, count = np.mean(by_seed, axis=0), len(by_seed)
-        if count == 1:
-            return Slopes(mean, np.full_like(mean, -np.inf), np.full_like(mean, np.inf))
-        half = stdtrit(count - 1, 0.975) * np.std(by_seed, axis=0, ddof=1) / math.sqrt(count)
+        mean, half = np.mean(by_seed, axis=0), half_interval(by_seed)
         return Slopes(mean, mean - half, mean + half)
 
     @property

@@ -14,11 +14,10 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
 from rmsjax._checks import as_number, described
 from rmsjax._models import Static
-from rmsjax._record import Record
+from rmsjax._record import Record, half_interval
 from rmsjax._tags import is_array
 from rmsjax._text import counted, moves, text_table, wrapped
 from rmsjax._training import (
@@ -192,11 +191,9 @@ class SweepRecord(Record):
                 yield f"the {word} rate is the best at {axis} {', '.join(where)}: try {side} ones too"
 
     def _interval(self) -> str:
-        regrets = self._regret_by_seed
-        count = len(regrets)
-        if count < 2 or not np.isfinite(regrets).all():
+        if len(self.seeds) == 1 or not math.isfinite(self.regret):
             return ""
-        half = stdtrit(count - 1, 0.975) * np.std(regrets, ddof=1) / math.sqrt(count)
+        half = float(half_interval(self._regret_by_seed))
         return f", a regret of {self.regret:.2g} ±{half:.2g} (95 % interval over seeds)"
 
     def to_dict(self) -> dict[str, np.ndarray]:

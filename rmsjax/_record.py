@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from os import PathLike
 from typing import Any, Self
 
 import numpy as np
+from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -32,3 +34,11 @@ class Record:
 def _texts(values: np.ndarray) -> Any:
     """A text, or a tuple of them."""
     return tuple(values.tolist()) if values.ndim else values.item()
+
+
+def half_interval(values: np.ndarray) -> np.ndarray:
+    """Half of the 95 % interval of Student's t around the mean over the first axis; inf of a single value."""
+    count = len(values)
+    if count == 1:
+        return np.full(values.shape[1:], np.inf)
+    return stdtrit(count - 1, 0.975) * np.std(values, axis=0, ddof=1) / math.sqrt(count)

@@ -134,10 +134,7 @@ def learner(
     check_call(function, model, call)
     if isinstance(model, nn.Module):
         kwargs = {name: value for name, value in call.kwargs.items() if name not in ("rngs", "mutable")}
-        rngs = {
-            **streams(call.kwargs.get("rngs")),
-            "params": key,
-        }  # whatever the keys, parameters are those of the seed
+        rngs = {**streams(call.kwargs.get("rngs")), "params": key}  # parameters are those of the seed in any case
         model = (model, model.init(rngs, *call.args, **kwargs))
     params, program = trainable(function, model, key)
 
@@ -192,10 +189,11 @@ def check_call(function: str, model: Any, call: Call, *, positional: str = "batc
         method = kwargs.get("method") or "__call__"
         method = getattr(type(owner), method, None) if isinstance(method, str) else method
         args, kwargs = (owner, *args), {name: value for name, value in kwargs.items() if name not in _OF_APPLY}
+    elif isinstance(owner, nnx.Module) and callable(owner):
+        method, args = type(owner).__call__, (owner, *args)
     else:
-        method = type(owner).__call__ if isinstance(owner, nnx.Module) and callable(owner) else owner
-        args = (owner, *args) if isinstance(owner, nnx.Module) else args
-    if not callable(method):
+        method = owner if isinstance(owner, MethodType) else None
+    if not callable(method):  # what is no model is said elsewhere
         return
     with contextlib.suppress(ValueError):  # some builtins have no signature
         signature = inspect.signature(method)
@@ -310,8 +308,8 @@ def _paired(names: list[list[_Parts]], shared: _Parts = ()) -> Iterator[tuple[_P
         heads = [by_kind.get(kind, []) for by_kind in kinds]
         fewest = min(map(len, heads))
         if at % 2 and any(len(own) > fewest for own in heads):
-            ends = range(1, fewest + 1)  # what a layer returns is at its end: of two layers at 1/2 and 1 of the depth
-            heads = [[own[round(end * len(own) / fewest) - 1] for end in ends] for own in heads]
+            # What a layer returns is at its end: of two layers at 1/2 and at 1 of the depth.
+            heads = [[own[round(k * len(own) / fewest) - 1] for k in range(1, fewest + 1)] for own in heads]
             rows = list(zip(*heads, strict=True))
         else:
             rows = [(head,) * len(names) for head in dict.fromkeys(head for own in heads for head in own)]

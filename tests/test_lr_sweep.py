@@ -171,7 +171,9 @@ def test_trains_like_a_plain_loop(monkeypatch, backend):
     """Each width, seed and rate; one after the other as on a CPU, or side by side. Batches come in turn."""
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     batches = [(k * X, X) for k in (1.0, -0.5)]
-    record = sweep(batches=batches, widths=[8, 9], loss=lambda y, x: jnp.mean((y[:, :8] - x) ** 2), seeds=[3, 5])
+    record = sweep(
+        batches=batches, widths=[8, 9], seeds=[3, 5], loss=lambda y, x: (jnp.mean((y[:, :8] - x) ** 2), {"aux": y})
+    )
     assert record.loss.shape == (2, 2, 2, 3)
     assert (record.seeds.tolist(), record.learning_rates.tolist()) == ([3, 5], [0.1, 0.2])
     for s, seed in enumerate(record.seeds):

@@ -167,7 +167,7 @@ def test_evaluation_mode():
     np.testing.assert_array_equal(record.rms[..., inner], record.rms[..., dropout])
 
 
-@runs
+@trains
 def test_nnx_keys_as_an_argument(run):
     """An Rngs counts what it has given: the same in each run, and at each step of a coordinate check."""
 
@@ -214,8 +214,7 @@ def test_linen_flags_and_keys():
     np.testing.assert_allclose(still.rms[..., dropout], still.rms[..., inner], rtol=1e-4)
 
 
-@trains
-def test_linen_mutable_collections(run):
+def test_linen_mutable_collections():
     """With `mutable` the loss has what `apply` returns; here it gives a part of that back as its aux."""
 
     def with_size(output, target):
@@ -224,8 +223,8 @@ def test_linen_mutable_collections(run):
         return jnp.mean(optax.l2_loss(out, target)) + size, collections
 
     kwargs = {"train": True, "mutable": ["intermediates", "batch_stats"]}
-    found = run(linen, (X, Y), loss=with_size, kwargs=kwargs)
-    without = run(linen, (X, Y), kwargs={"train": True})
+    found = coordinates(linen, (X, Y), loss=with_size, kwargs=kwargs)
+    without = coordinates(linen, (X, Y), kwargs={"train": True})
     assert np.all(found.loss[..., 0] > without.loss[..., 0] + 0.1)
 
 
