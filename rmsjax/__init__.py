@@ -18,7 +18,7 @@ rotation-invariant norm of which that is true. So one number means the same in a
 - **optax**: `clip_by_rms` bounds updates, `clip_by_relative_rms` by the size of their parameters, `normalize_by_rms`
   sets their norm, `record_rms` lets them pass. `stable_adamw` is AdamW with update clipping. All keep what they saw in
   their state, and `rms_states` finds it there.
-- **Widths**: `coord_check` trains a model at several widths and says which layers grow or shrink with the width;
+- **Widths**: `coord_check` trains a model at several widths (or depths) and says which layers grow or shrink with it;
   `compare_widths` measures models as they are. Both give a `WidthRecord`, which `rmsjax.plot` draws. `lr_sweep` trains
   at many learning rates, and says how far the best one moves from width to width, in a `SweepRecord`.
 - **Inside a model**: `activation_rms` and `gradient_rms` measure every activation of an unchanged Flax model;
