@@ -36,7 +36,6 @@ from rmsjax._training import (
     as_optimizer,
     as_seeds,
     as_sizes,
-    at_same_share,
     at_size,
     check_call,
     check_takes,
@@ -44,6 +43,7 @@ from rmsjax._training import (
     integers,
     learner,
     run_each,
+    shared_names,
 )
 from rmsjax._tree import tree_rms
 
@@ -493,7 +493,7 @@ def _layers(function: str, axis: str, sizes: list[int], measured: list[_Measured
 
     Each iteration of a loop is a layer of its own. Of deeper models some are chosen, at the same share of the depth.
     """
-    found = [
+    places = [
         {
             name + "".join(f"[{k}]" for k in i): (name, i)
             for name, x in each.rms.items()
@@ -501,18 +501,8 @@ def _layers(function: str, axis: str, sizes: list[int], measured: list[_Measured
         }
         for each in measured
     ]
-    if axis == "depth":
-        found = [
-            {name: places[own] for name, own in chosen.items()}
-            for places, chosen in zip(found, at_same_share(found), strict=True)
-        ]
-    for size, places in zip(sizes, found, strict=True):
-        if different := set(found[0]) ^ set(places):
-            raise ValueError(
-                f"{function}: the model must have the same layers at every {axis}; "
-                f"at {axis}s {sizes[0]} and {size} they differ in {sorted(different)}"
-            )
-    return found
+    names = shared_names(function, axis, sizes, "layers", places)
+    return [{shared: at[own] for shared, own in own_names.items()} for at, own_names in zip(places, names, strict=True)]
 
 
 _Place: TypeAlias = tuple[str, tuple[int, ...]]  # the name of an activation, and the iterations of loops

@@ -272,7 +272,21 @@ def with_bar(function: str, axis: str, sizes: list[int], progress: bool) -> Iter
     return sizes
 
 
-# --------------------------------------------------------------------------------------------------------------- depth
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+def shared_names(
+    function: str, axis: str, sizes: list[int], kind: str, names: Sequence[Iterable[str]]
+) -> list[dict[str, str]]:
+    """For each size, from the names that all share, of layers say, to those that they have there."""
+    found = at_same_share(names) if axis == "depth" else [{name: name for name in own} for own in names]
+    for size, own in zip(sizes, found, strict=True):
+        if different := set(found[0]) ^ set(own):
+            raise ValueError(
+                f"{function}: the model must have the same {kind} at every {axis}; "
+                f"at {axis}s {sizes[0]} and {size} they differ in {sorted(different)}"
+            )
+    return found
 
 
 def at_same_share(names: Sequence[Iterable[str]]) -> list[dict[str, str]]:
