@@ -331,7 +331,8 @@ def coord_check(
         >>> print(record.verdict, record.verdicts)
         grows {'layers/0': 'level', 'layers/2': 'grows', 'Sequential': 'grows'}
 
-    Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1.
+    Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1. Depth: Dey et al., CompleteP
+        (arXiv 2505.01618).
     """
     function = "coord_check"
     axis, sizes = as_sizes(function, widths, depths)
@@ -396,9 +397,8 @@ def compare_widths(
     def call(width: int) -> Call:
         given: Any = at_size(function, "args", args[0], "width", width) if _is_function(args) else args
         if not isinstance(given, tuple):
-            raise TypeError(
-                f"{function}: args must be a function (width) of a tuple, such as (x,), got {described(given)}"
-            )
+            got = described(given)
+            raise TypeError(f"{function}: args, as a function (width), must return a tuple such as (x,), got {got}")
         return Call(given, as_kwargs(function, at_size(function, "kwargs", kwargs, "width", width)), None)
 
     calls = {width: call(width) for width in widths}

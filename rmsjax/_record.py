@@ -13,7 +13,7 @@ from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Record:
-    """What can be saved and loaded. Fields are arrays, texts or tuples of texts, also of those that are derived."""
+    """What can be saved and loaded. Fields are arrays, texts or tuples of texts."""
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the record to one .npz file, at exactly this path."""

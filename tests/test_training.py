@@ -327,6 +327,15 @@ def test_what_differs_between_widths_is_said_before_anything_is_compiled(nothing
         norms(other_layers, (X, Y))
 
 
+def test_arguments_as_a_function_that_returns_no_tuple():
+    with pytest.raises(
+        TypeError, match=r"^compare_widths: args, as a function .* a tuple such as \(x,\), got an array"
+    ):
+        compare_widths({width: model(width, nnx.Rngs(0)) for width in (8, 16)}, lambda width: X)
+    with pytest.raises(ValueError, match=r"^coord_check: batch must be a tuple such as \(x, labels\), .* got an array"):
+        coordinates(model, lambda width: X)
+
+
 def test_arrays_on_several_meshes():
     meshes = [jax.make_mesh((n,), ("data",), axis_types=(AxisType.Explicit,)) for n in (2, 4)]
     x, y = (jax.device_put(a, jax.NamedSharding(mesh, P("data"))) for a, mesh in zip((X, Y), meshes, strict=True))
