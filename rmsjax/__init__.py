@@ -18,8 +18,9 @@ rotation-invariant norm of which that is true. So one number means the same in a
   a regulariser.
 - **optax**: clips and optimizers that keep training steady, see the table below. All keep what they saw in their state,
   and `rms_states` finds it there.
-- **Widths**: `coord_check` trains a model at several widths and names what depends on the width;
-  `compare_widths` measures models as they are. Both give a `WidthRecord`, which `rmsjax.plot` draws.
+- **Widths**: `coord_check` trains a model at several widths (or depths) and names what depends on it;
+  `compare_widths` measures models as they are. Both give a `WidthRecord`, which `rmsjax.plot` draws. `lr_sweep` trains
+  at many learning rates, and says how far the best one moves from width to width, in a `SweepRecord`.
 - **Inside a model**: `activation_rms` and `gradient_rms` measure every activation of an unchanged Flax model;
   `rmsjax.probe` does it for any function. `rms_operator_norm` tells how much a kernel can stretch the norm.
 - **Why this norm**: `rmsjax.geometry` has the theorems as functions, `rmsjax.testing` as assertions for your own code.
@@ -75,7 +76,7 @@ one: the others are "block".
 Public is what `dir()` of `rmsjax` and of its modules shows. Until 1.0 a minor version (0.2, 0.3) may change a public
 name, an argument, a field of a state or a default, and the list of changes says how to go on; a patch (0.1.1) never
 does. Numbers may change in their last digits with any version, and so may text that is for people: tables, messages,
-pictures. What a `WidthRecord` saved, later versions load. Names with an underscore, and modules that are not listed,
+pictures. What a record saved, later versions load. Names with an underscore, and modules that are not listed,
 may change at any time.
 """
 
@@ -111,6 +112,7 @@ _HOMES = {
     "_stable_adam": ("stable_adamw", "scale_by_stable_adam", "ScaleByStableAdamState"),
     "_hyperball": ("hyperball", "HyperballState"),
     "_coord_check": ("coord_check", "compare_widths", "WidthRecord"),
+    "_lr_sweep": ("lr_sweep", "SweepRecord"),
     "probe": ("activation_rms", "gradient_rms"),
     "_operator_norm": ("rms_operator_norm", "rms_operator_norm_by_path"),
 }
@@ -142,6 +144,8 @@ if TYPE_CHECKING:
     from rmsjax._coord_check import coord_check as coord_check
     from rmsjax._hyperball import HyperballState as HyperballState
     from rmsjax._hyperball import hyperball as hyperball
+    from rmsjax._lr_sweep import SweepRecord as SweepRecord
+    from rmsjax._lr_sweep import lr_sweep as lr_sweep
     from rmsjax._operator_norm import rms_operator_norm as rms_operator_norm
     from rmsjax._operator_norm import rms_operator_norm_by_path as rms_operator_norm_by_path
     from rmsjax._stable_adam import ScaleByStableAdamState as ScaleByStableAdamState

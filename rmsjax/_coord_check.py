@@ -6,15 +6,10 @@ return a `WidthRecord`: plain arrays, the slopes in log-log scale with their int
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import inspect
-import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from os import PathLike
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import flax.linen as nn
@@ -27,16 +22,37 @@ from jax import Array
 
 from rmsjax import _parameters
 from rmsjax._checks import described
-from rmsjax._models import trainable
+from rmsjax._models import measure_layers, trainable
+from rmsjax._record import Record
 from rmsjax._reduce import accumulator_dtype, lift
-from rmsjax._tags import blank, partition
-from rmsjax._text import text_table, with_interval, wrapped
+from rmsjax._tags import blank
+from rmsjax._text import counted, text_table, with_interval, wrapped
+from rmsjax._training import (
+    Batch,
+    Call,
+    Kwargs,
+    Model,
+    advance,
+    as_call,
+    as_kwargs,
+    as_optimizer,
+    as_seeds,
+    as_sizes,
+    at_size,
+    check_call,
+    check_takes,
+    for_each,
+    integers,
+    learner,
+    run_each,
+    shared_names,
+)
 from rmsjax._tree import tree_rms
 from rmsjax._verdicts import Finding, Slopes, exponents, judge, logs, over_seeds, words
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Float, Int, PyTree
+    from jaxtyping import Float, Int
 
 Quantity: TypeAlias = Literal["rms", "change", "l2"]
 
@@ -48,7 +64,7 @@ def _none() -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class WidthRecord:
+class WidthRecord(Record):
     r"""The RMS norms of the activations of a model at several widths, and what they say about its parametrisation.
 
     **Slopes.** A norm that scales as $\text{width}^p$ lies on a line of slope p in log-log scale. `slopes` fits p by
@@ -96,6 +112,7 @@ class WidthRecord:
         parameter_norms: the RMS operator norm of each kernel, and the RMS norm of all other parameters.
         parameter_changes: those of the parameter minus the same parameter at step 0.
         effects: the RMS norm of the change of each activation if one parameter alone is as its first update leaves it.
+        axis: "width", or "depth" if `widths` are the depths that `coord_check` was given.
 
     Example:
         >>> import tempfile
@@ -145,6 +162,7 @@ class WidthRecord:
     parameter_norms: Float[np.ndarray, "widths seeds steps parameters"] = dataclasses.field(default_factory=_none)
     parameter_changes: Float[np.ndarray, "widths seeds steps parameters"] = dataclasses.field(default_factory=_none)
     effects: Float[np.ndarray, "widths seeds parameters layers"] = dataclasses.field(default_factory=_none)
+    axis: str = "width"
 
     @property
     def steps(self) -> int:
@@ -166,7 +184,7 @@ class WidthRecord:
         """One width over training: the mean over seeds at each step, by layer; what `plot.over_training` draws."""
         found = np.flatnonzero(self.widths == width)
         if not found.size:
-            raise ValueError(f"WidthRecord: width must be one of {self.widths.tolist()}, got {width!r}")
+            raise ValueError(f"WidthRecord: {self.axis} must be one of {self.widths.tolist()}, got {width!r}")
         return dict(zip(self.layers, self.over_seeds(quantity)[found[0]].T, strict=True))
 
     def slopes(self, quantity: Quantity = "rms") -> Slopes:
@@ -208,11 +226,11 @@ class WidthRecord:
             columns.append([title, *map(with_interval, slopes.mean, slopes.high)])
         words = [word + (" ?" if layer in self.doubtful else "") for layer, word in self.verdicts.items()]
         rows = zip(["layer", *self.layers], *columns, ["verdict", *words], strict=True)
-        seeds = _counted(len(self.seeds), "seed")
+        seeds = counted(len(self.seeds), "seed")
         return "\n".join(
             [
-                wrapped(f"slopes of log RMS against log width, mean over {seeds} ± 95 % interval"),
-                wrapped(f"widths {', '.join(map(str, self.widths))}; {_counted(self.steps, 'step')} of training"),
+                wrapped(f"slopes of log RMS against log {self.axis}, mean over {seeds} ± 95 % interval"),
+                wrapped(f"{self.axis}s {', '.join(map(str, self.widths))}; {counted(self.steps, 'step')} of training"),
                 "",
                 text_table(rows),
                 "",
@@ -222,8 +240,8 @@ class WidthRecord:
 
     def _conclusion(self) -> list[str]:
         hit = [layer for layer, word in self.verdicts.items() if word == self.verdict]
-        where = "" if self.verdict == "level" else f" ({len(hit)} of {_counted(len(self.layers), 'layer')})"
-        doubts = f"; ? = another verdict within the interval: use more than {_counted(len(self.seeds), 'seed')}"
+        where = "" if self.verdict == "level" else f" ({len(hit)} of {counted(len(self.layers), 'layer')})"
+        doubts = f"; ? = another verdict within the interval: use more than {counted(len(self.seeds), 'seed')}"
         found = self.findings
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         return [
@@ -251,50 +269,40 @@ class WidthRecord:
         shape = self.rms.shape
         indices = np.indices(shape).reshape(4, -1)
         labels = (self.widths, self.seeds, np.arange(shape[2]), np.array(self.layers))
-        columns = {k: v[i] for k, v, i in zip(("width", "seed", "step", "layer"), labels, indices, strict=True)}
+        columns = {k: v[i] for k, v, i in zip((self.axis, "seed", "step", "layer"), labels, indices, strict=True)}
         wide = {"rms": self.rms, "change": self.change, "l2": self.l2, "loss": self.loss[..., None]}
         return columns | {k: np.broadcast_to(v, shape).ravel() for k, v in wide.items()}
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the record to one .npz file, at exactly this path."""
-        arrays: dict[str, Any] = {
-            field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)
-        }
-        with open(path, "wb") as file:
-            np.savez(file, **arrays)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> WidthRecord:
-        """The record that `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {
-                field.name: file[field.name] for field in dataclasses.fields(cls) if field.name in file
-            }
-        names = {name: tuple(map(str, arrays.pop(name, ()))) for name in ("layers", "parameters")}
-        return cls(**names, **arrays)
 
 
 # ------------------------------------------------------------------------------------------------------------- running
 
 
 def coord_check(
-    make_model: Callable[[int, nnx.Rngs], nnx.Module | MethodType | nn.Module],
-    batch: Sequence[PyTree],
+    make_model: Callable[[int, nnx.Rngs], Model],
+    batch: Batch | Callable[[int], Batch],
     *,
-    widths: Iterable[int],
+    widths: Iterable[int] | None = None,
+    depths: Iterable[int] | None = None,
     make_optimizer: Callable[[int], optax.GradientTransformation],
-    loss: Callable[[Any, Any], ArrayLike],
+    loss: Callable[[Any, Any], ArrayLike | tuple[ArrayLike, Any]],
+    kwargs: Kwargs | Callable[[int], Kwargs] | None = None,
     steps: int = 4,
     seeds: int | Iterable[int] = 3,
     progress: bool = True,
 ) -> WidthRecord:
-    """Train a model at several widths for a few steps, and judge how its activations and their changes scale.
+    r"""Train a model at several widths for a few steps, and judge how its activations and their changes scale.
 
     The coordinate check of muP: with a width-neutral parametrisation, the RMS norm of every activation and of its
     change since initialisation is the same at every width, so that hyperparameters found on a small model serve a
     large one. Where one grows, a wider model needs another learning rate or initialisation; where one shrinks, that
     layer stops learning. `WidthRecord` says how the verdict is reached, and its `findings` name the parameter whose
     learning rate or initial scale is to blame; `rmsjax.plot.coord_check` draws the record.
+
+    **Depth.** With `depths` instead of widths the same is asked of deeper models, and slopes are exponents of the
+    depth. A residual stream $x \leftarrow x + f(x)$ grows like $\sqrt{\text{depth}}$ at the start, and its change like
+    the depth; with branches $f(x) / \text{depth}$ it is level, at the learning rate of all depths. Layers whose number
+    depends on the depth, such as "blocks/3/up" or one of a scan, are compared where they are at the same share of the
+    depth, under the names of the shallowest model. A block that returns the stream shows how it grows; norms hide it.
 
     Each width compiles one program, in which one seed trains after another; activations and parameters never leave it.
     It keeps two more copies of the parameters, and runs the model once more for each parameter. The model sees
@@ -303,14 +311,19 @@ def coord_check(
 
     Args:
         make_model: `(width, rngs)` to a Flax NNX module or a method of one, or to a Linen module, which is initialised
-            here.
-        batch: the arguments of the model, and last what the loss compares the output with: (x, labels). Arrays are
-            traced, all else, such as a flag, reaches the model as it is. Of arrays on a mesh with explicit axes, call
-            this under `jax.set_mesh(mesh)`, as the parameters are made here.
+            here. This is also the place for `model.eval()` and the like.
+        batch: the arguments of the model, and last what the loss compares the output with: (x, labels); or a function
+            of the width that returns these. Arrays are traced, all else, such as a flag, reaches the model as it is.
+            Arrays may be sharded, also over explicit axes.
         widths: at least two; what width means is up to make_model and make_optimizer.
+        depths: the same, in the place of widths. All functions of the width are then given the depth.
         make_optimizer: width to an optax transformation, since the learning rates of muP depend on it. Its update is
             given the extra arguments that some of optax's ask for: value, grad and value_fn.
-        loss: `(output, target)` to a loss, which is averaged if it is not a scalar.
+        loss: `(output, target)` to a loss, which is averaged if it is not a scalar, or to a tuple `(loss, aux)`, of
+            which aux is not used.
+        kwargs: the keyword arguments of the model, such as {"mask": mask}, or a function of the width that returns
+            them. In Linen those of `module.apply`: `rngs`, `method` and `mutable` too. With `mutable` the output that
+            the loss is given is what `apply` returns, a tuple of the output and the collections.
         steps: how many steps to train.
         seeds: how many seeds, or which; intervals need two at least, three or more are worth having.
         progress: show a bar over widths, if tqdm is installed.
@@ -319,10 +332,14 @@ def coord_check(
         The record: norms, slopes, verdicts; print it for a table.
 
     Raises:
-        TypeError: widths, steps or seeds are not integers; make_model, make_optimizer or loss is no function of these
-            arguments; make_model does not return a Flax module, or make_optimizer no optax transformation.
+        TypeError: widths, steps or seeds are not integers; neither widths nor depths, or both; make_model,
+            make_optimizer, loss, or batch or kwargs as functions, do not take these arguments, and the model not what
+            batch and kwargs have; make_model does not return a Flax module, make_optimizer no optax transformation, or
+            the loss no floating-point number.
         ValueError: fewer than two widths, no step, no seed, one of them twice; a batch without a target; widths at
-            which the model has different layers.
+            which the model has different layers; arrays on several meshes with explicit axes.
+
+    All of them come before anything is compiled.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -341,51 +358,50 @@ def coord_check(
         layers/2/kernel initial scale 0.5
         layers/2/kernel learning rate 1.0
 
-    Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1.
+    Source: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1. Depth: Dey et al., CompleteP
+        (arXiv 2505.01618).
     """
-    _check_takes("make_model", make_model, ("width", "rngs"), "lambda width, rngs: Model(width, rngs=rngs)")
-    _check_takes("make_optimizer", make_optimizer, ("width",), "lambda width: optax.adam(1e-3)")
-    _check_takes("loss", loss, ("output", "target"), "lambda output, target: ...")
-    widths = _integers("coord_check", "widths", widths, least=1, count=2)
-    if not isinstance(seeds, Iterable):
-        seeds = range(*_integers("coord_check", "seeds", [seeds], least=1))
-    seeds = _integers("coord_check", "seeds", seeds, least=0)
-    (steps,) = _integers("coord_check", "steps", [steps], least=1)
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        got = f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else described(batch)
-        raise ValueError(f"coord_check: batch must be a tuple such as (x, labels), the target last, got {got}")
-    optimizers = {width: make_optimizer(width) for width in widths}
-    for optimizer in optimizers.values():
-        if not isinstance(optimizer, optax.GradientTransformation):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                "coord_check: make_optimizer must return an optax transformation, such as optax.adam(1e-3), "
-                f"got {described(optimizer)}"
-            )
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    arrays, join = partition(tuple(batch))
+    function = "coord_check"
+    axis, sizes = as_sizes(function, widths, depths)
+    check_takes(function, "make_model", make_model, (axis, "rngs"), f"lambda {axis}, rngs: Model({axis}, rngs=rngs)")
+    check_takes(function, "make_optimizer", make_optimizer, (axis,), f"lambda {axis}: optax.adam(1e-3)")
+    check_takes(function, "loss", loss, ("output", "target"), "lambda output, target: ...")
+    seeds, keys = as_seeds(function, seeds)
+    (steps,) = integers(function, "steps", [steps], least=1)
+    calls = {
+        size: as_call(
+            function, at_size(function, "batch", batch, axis, size), at_size(function, "kwargs", kwargs, axis, size)
+        )
+        for size in sizes
+    }
+    optimizers = {size: as_optimizer(function, make_optimizer(size)) for size in sizes}
 
-    def trained(width: int) -> _Measured:
-        def train(arrays: list[Array], key: Array) -> _Measured:
-            return _train(partial(make_model, width), optimizers[width], loss, steps, join(arrays), key)
+    def train(size: int, call: Call, keys: Array) -> _Measured:
+        train_one = partial(_train, partial(make_model, size), optimizers[size], loss, steps, call)
+        return for_each(keys, train_one)
 
-        return jax.device_get(jax.jit(lambda arrays, keys: jax.lax.map(partial(train, arrays), keys))(arrays, keys))
-
-    return _record("coord_check", widths, seeds, [trained(width) for width in _with_bar(widths, progress)])
+    check = partial(_layers, function, axis, sizes)
+    measured = run_each(function, axis, train, calls, keys, check=check, progress=progress)
+    return _record(function, axis, sizes, seeds, measured)
 
 
-def compare_widths(models: Mapping[int, Any], *args: Any) -> WidthRecord:
+def compare_widths(
+    models: Mapping[int, Any], *args: Any, kwargs: Kwargs | Callable[[int], Kwargs] | None = None
+) -> WidthRecord:
     """Measure models of several widths as they are: the RMS norm of every activation, side by side.
 
     Args:
         models: from width to a Flax NNX module, a method of one, or a tuple (Linen module, variables); or to a list of
             these (seeds).
-        args: what the models are called with, as in `rmsjax.activation_rms`.
+        args: what the models are called with, as in `rmsjax.activation_rms`; or a single function of the width that
+            returns a tuple of them.
+        kwargs: their keyword arguments, as in `coord_check`.
 
     Returns:
         A record with step 0 only; `print(record.width_table())` shows RMS beside L2 norms.
 
     Raises:
-        TypeError: a width is not an integer, a model not a Flax module.
+        TypeError: a width is not an integer, a model not a Flax module, or not one that takes these arguments.
         ValueError: fewer than two widths, lists of different lengths, widths at which the model has different layers.
 
     Example:
@@ -399,14 +415,41 @@ def compare_widths(models: Mapping[int, Any], *args: Any) -> WidthRecord:
 
     Source: the first step of a coordinate check, Yang et al. (arXiv 2203.03466), appendix D.1.
     """
-    widths = _integers("compare_widths", "widths", models, least=1, count=2)
+    function = "compare_widths"
+    widths = integers(function, "widths", models, least=1, count=2)
     by_width = [list(models[w]) if isinstance(models[w], list) else [models[w]] for w in widths]
     if len(set(map(len, by_width))) > 1 or not by_width[0]:
-        raise ValueError(f"compare_widths: each width must have as many models, got {list(map(len, by_width))}")
-    measured = [
-        jax.tree.map(lambda *leaves: np.stack(leaves), *map(partial(_measure, args), group)) for group in by_width
-    ]
-    return _record("compare_widths", widths, list(range(len(by_width[0]))), measured)
+        raise ValueError(f"{function}: each width must have as many models, got {list(map(len, by_width))}")
+
+    def call(width: int) -> Call:
+        given: Any = at_size(function, "args", args[0], "width", width) if _is_function(args) else args
+        if not isinstance(given, tuple):
+            got = described(given)
+            raise TypeError(f"{function}: args, as a function (width), must return a tuple such as (x,), got {got}")
+        return Call(given, as_kwargs(function, at_size(function, "kwargs", kwargs, "width", width)), None)
+
+    calls = {width: call(width) for width in widths}
+    for width, group in zip(widths, by_width, strict=True):
+        for model in group:
+            check_call(function, model, calls[width], positional="args")
+    trained = {
+        width: [trainable(function, model, jax.random.key(0)) for model in group]
+        for width, group in zip(widths, by_width, strict=True)
+    }
+
+    def measure(width: int, given: tuple[Call, list[Any]]) -> _Measured:
+        programs = [program for _, program in trained[width]]
+        each = [_measure(program, params, given[0]) for program, params in zip(programs, given[1], strict=True)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+    given = {width: (calls[width], [params for params, _ in trained[width]]) for width in widths}
+    check = partial(_layers, function, "width", widths)
+    measured = run_each(function, "width", measure, given, check=check, progress=False)
+    return _record(function, "width", widths, list(range(len(by_width[0]))), measured)
+
+
+def _is_function(args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and callable(args[0]) and not isinstance(args[0], (nnx.Module, nn.Module))
 
 
 _Activations: TypeAlias = "OrderedDict[str, Array]"  # each with the axes (*loops, examples, elements)
@@ -429,63 +472,45 @@ class _Measured(NamedTuple):
 
 def _train(
     make_model: Callable[[nnx.Rngs], Any],
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     loss: Callable[[Any, Any], Any],
     steps: int,
-    batch: tuple[Any, ...],
+    call: Call,
     key: Array,
 ) -> _Measured:
     """One width, one seed."""
-    *args, target = batch
-    model = make_model(nnx.Rngs(key))
-    if isinstance(model, nn.Module):
-        model = (model, model.init(key, *args))
-    params, program = trainable("coord_check", model, key)
-    optimizer = optax.with_extra_args_support(optimizer)
+    params, objective = learner("coord_check", make_model, loss, call, key)
 
-    def objective(params: Any) -> tuple[Array, _Activations]:
-        output, activations = program(params, *args)
-        try:
-            return jnp.mean(loss(output, target)), activations
-        except Exception as error:
-            error.add_note(f"coord_check: loss was given output, {described(output)}, and target, {described(target)}")
-            raise
+    def measured(params: Any) -> tuple[Array, _Activations]:
+        return measure_layers(objective, params, call)
 
-    _, shapes = jax.eval_shape(objective, params)
+    _, shapes = jax.eval_shape(measured, params)
     initial, chosen = params, _parameters.parameters(params, shapes)
 
     def step(carry: Any, index: Array) -> tuple[Any, Any]:
         params, state, first, moved = carry
-        (value, now), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        (value, now), grads = jax.value_and_grad(measured, has_aux=True)(params)
         # Step 0 is run by the same program as all others, so what did not learn has changed by 0, not by rounding.
         first = jax.tree.map(lambda new, old: jnp.where(index == 0, new, old), now, first)
-        # Some optimizers ask for more than the gradient: a schedule for the loss, a line search for the function.
-        more = {"value": value, "grad": grads, "value_fn": lambda params: objective(params)[0]}
-        updates, state = optimizer.update(grads, state, params, **more)
         norms = _norms(now), _norms_of_change(now, first)
         own = _parameters.sizes(chosen, [params, jax.tree.map(_difference, params, initial)])
-        after: Any = optax.apply_updates(params, updates)
+        after, state = advance(optimizer, objective, call, value, grads, params, state)
         moved = _parameters.first_moves(initial, moved, grads, params, after)
         return (after, state, first, moved), (norms, own, value)
 
     start = params, optimizer.init(params), blank(shapes), initial
     (_, _, _, moved), ((rms, change), (norms, changes), losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
-    effects = _parameters.effects(chosen, lambda params: objective(params)[1], _norms_of_change, initial, moved)
+    effects = _parameters.effects(chosen, lambda params: measured(params)[1], _norms_of_change, initial, moved)
     return _Measured(rms, change, _sizes(shapes), losses, norms, changes, effects)
 
 
-def _measure(args: tuple[Any, ...], model: Any) -> _Measured:
+def _measure(program: Callable[..., Any], params: Any, call: Call) -> _Measured:
     """One model as it is."""
-    params, program = trainable("compare_widths", model, jax.random.key(0))
-
-    def measure(params: Any) -> _Measured:
-        _, activations = program(params, *args)
-        rms = _norms(activations)
-        none: OrderedDict[str, Any] = OrderedDict()
-        unchanged = jax.tree.map(jnp.zeros_like, rms)
-        return _Measured(rms, unchanged, _sizes(activations), jnp.full((), jnp.nan), none, none, none)
-
-    return jax.tree.map(lambda x: np.asarray(x)[None], jax.jit(measure)(params))
+    _, activations = measure_layers(program, params, call.args, call.kwargs)
+    rms = jax.tree.map(lambda norm: norm[None], _norms(activations))  # of a single step
+    none: OrderedDict[str, Any] = OrderedDict()
+    unchanged = jax.tree.map(jnp.zeros_like, rms)
+    return _Measured(rms, unchanged, _sizes(activations), jnp.full(1, jnp.nan), none, none, none)
 
 
 def _norms(activations: Any) -> Any:
@@ -507,82 +532,65 @@ def _sizes(activations: _Activations) -> OrderedDict[str, Array]:
     return OrderedDict((name, jnp.asarray(x.shape[-1])) for name, x in activations.items())
 
 
-def _record(function: str, widths: list[int], seeds: list[int], measured: list[_Measured]) -> WidthRecord:
-    """What was measured at each width, as arrays; each iteration of a loop is a layer of its own."""
-    tables: list[dict[str, tuple[Any, ...]]] = []
-    for at_width in measured:
-        table: dict[str, tuple[Any, ...]] = {}
-        for name, rms in at_width.rms.items():
-            effects = at_width.effects.get(name, np.zeros((len(seeds), 0, *rms.shape[2:])))
-            for i in np.ndindex(rms.shape[2:]):
-                label = name + "".join(f"[{k}]" for k in i)
-                change = at_width.change[name]
-                table[label] = (rms[:, :, *i], change[:, :, *i], effects[:, :, *i], at_width.sizes[name].flat[0])
-        tables.append(table)
-    layers, parameters = tuple(tables[0]), tuple(measured[0].parameter_norms)
-    for width, table, at_width in zip(widths, tables, measured, strict=True):
-        for kind, first, now in (("layers", layers, table), ("parameters", parameters, at_width.parameter_norms)):
-            if different := set(first) ^ set(now):
-                raise ValueError(
-                    f"{function}: the model must have the same {kind} at every width; "
-                    f"at widths {widths[0]} and {width} they differ in {sorted(different)}"
-                )
-    columns = [[np.stack(column, -1) for column in zip(*map(table.get, layers), strict=True)] for table in tables]
-    rms, change, effects, sizes = (np.stack(parts) for parts in zip(*columns, strict=True))
-    shape = (len(seeds), rms.shape[2])
+def _layers(function: str, axis: str, sizes: list[int], measured: list[_Measured]) -> list[dict[str, _Place]]:
+    """Where the layers that are compared are at each size, by the name that they share.
 
-    def by_parameter(norms: Mapping[str, Any]) -> np.ndarray:
-        return np.stack([norms[name] for name in parameters], -1) if parameters else np.zeros((*shape, 0))
+    Each iteration of a loop is a layer of its own. Of deeper models some are chosen, at the same share of the depth.
+    """
+    places = [
+        {
+            name + "".join(f"[{k}]" for k in i): (name, i)
+            for name, x in each.rms.items()
+            for i in np.ndindex(x.shape[2:])
+        }
+        for each in measured
+    ]
+    names = shared_names(function, axis, sizes, "layers", places)
+    return [{shared: at[own] for shared, own in own_names.items()} for at, own_names in zip(places, names, strict=True)]
 
-    norms, changes = (
-        np.stack([by_parameter(getattr(at_width, field)) for at_width in measured]).astype(float)
-        for field in ("parameter_norms", "parameter_changes")
-    )
-    losses = np.stack([at_width.loss for at_width in measured]).astype(float)
+
+_Place: TypeAlias = tuple[str, tuple[int, ...]]  # the name of an activation, and the iterations of loops
+
+
+def _record(function: str, axis: str, sizes: list[int], seeds: list[int], measured: list[_Measured]) -> WidthRecord:
+    """What was measured at each size, as arrays."""
+    places, names = _layers(function, axis, sizes, measured), _own(function, axis, sizes, measured)
+    layers, parameters = tuple(places[0]), tuple(names[0])
+    chosen = [[at[layer] for layer in layers] for at in places]
+
+    def by_layer(quantity: Literal["rms", "change"]) -> np.ndarray:
+        return np.stack(
+            [
+                np.stack([np.asarray(getattr(each, quantity)[name][:, :, *i], float) for name, i in at], -1)
+                for each, at in zip(measured, chosen, strict=True)
+            ]
+        )
+
+    def by_parameter(quantity: Literal["parameter_norms", "parameter_changes"]) -> np.ndarray:
+        none = np.zeros((len(seeds), measured[0].loss.shape[1], 0))
+        rows = [
+            [np.asarray(getattr(each, quantity)[own[name]], float)[..., None] for name in parameters]
+            for each, own in zip(measured, names, strict=True)
+        ]
+        return np.stack([np.concatenate([none, *row], -1) for row in rows])
+
+    def effects(each: _Measured, own: dict[str, str], at: list[_Place]) -> np.ndarray:
+        rows = [list(each.parameter_norms).index(own[name]) for name in parameters]
+        none = np.zeros((len(seeds), 0))
+        found = [np.asarray(each.effects[name][:, :, *i])[:, rows] if rows else none for name, i in at]
+        return np.stack(found, -1)
+
+    counts = [[each.sizes[name].flat[0] for name, _ in at] for each, at in zip(measured, chosen, strict=True)]
+    losses = np.stack([each.loss for each in measured]).astype(float)
     return WidthRecord(
-        layers, np.array(widths), np.array(seeds), rms.astype(float), change.astype(float), sizes, losses,
-        parameters, norms, changes, effects.astype(float),
+        layers, np.array(sizes), np.array(seeds), by_layer("rms"), by_layer("change"), np.array(counts), losses,
+        parameters, by_parameter("parameter_norms"), by_parameter("parameter_changes"),
+        np.stack([effects(*each) for each in zip(measured, names, chosen, strict=True)]), axis,
     )  # fmt: skip
 
 
-def _check_takes(argument: str, function: Any, takes: tuple[str, ...], example: str) -> None:
-    """TypeError unless this is a function that takes these arguments by position."""
-    expected = f"coord_check: {argument} must be a function ({', '.join(takes)})"
-    if not callable(function) or isinstance(function, (nnx.Module, nn.Module)):  # a model can be called too
-        raise TypeError(f"{expected}, got {described(function)}; write {example}")
-    with contextlib.suppress(ValueError):  # some builtins have no signature
-        signature = inspect.signature(function)
-        try:
-            signature.bind(*takes)
-        except TypeError:
-            name = getattr(function, "__name__", type(function).__name__)
-            raise TypeError(f"{expected}, got {name}{signature}; write {example}") from None
-
-
-def _integers(function: str, argument: str, values: Iterable[int], *, least: int, count: int = 1) -> list[int]:
-    """Distinct integers, in ascending order."""
-    try:
-        found = sorted(operator.index(value) for value in values)
-    except TypeError:
-        raise TypeError(f"{function}: {argument} must be integers, got {values!r:.80}") from None
-    if len(found) < count or len(set(found)) < len(found):
-        raise ValueError(f"{function}: {argument} must be {count} or more, none of them twice, got {found}")
-    if found[0] < least:
-        raise ValueError(f"{function}: {argument} must be at least {least}, got {found[0]}")
-    return found
-
-
-def _with_bar(widths: list[int], progress: bool) -> Iterable[int]:
-    if progress:
-        with contextlib.suppress(ImportError):
-            from tqdm.auto import tqdm
-
-            return tqdm(widths, desc="coord_check", unit="width")
-    return widths
-
-
-# ----------------------------------------------------------------------------------------------------------------- text
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def _own(function: str, axis: str, sizes: list[int], measured: list[_Measured]) -> list[dict[str, str]]:
+    """The names of the parameters that are compared; none over depths, where the share of each layer rightly falls."""
+    if axis == "depth":
+        return [{} for _ in sizes]
+    return shared_names(function, axis, sizes, "parameters", [each.parameter_norms for each in measured])

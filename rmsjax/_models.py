@@ -6,11 +6,11 @@ import contextlib
 import inspect
 import math
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -205,28 +205,45 @@ def _runs_linen(module: nnx.Module) -> bool:
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def trainable(function: str, model: Any, key: Array) -> tuple[Any, Callable[..., tuple[Any, Trees]]]:
-    """The parameters of a model, and a function of `(params, *args)`, with all else in its state as it is.
+def trainable(function: str, model: Any, key: Array) -> tuple[Any, Callable[[Any, Any, Any], Any]]:
+    """The parameters of a model, and the model as a function of (params, args, kwargs) that tags what layers return.
 
-    It returns the output, and what each layer returned as (*loops, examples, elements): loops are those of stacked
-    layers, examples the first axis of an output, elements all others.
+    All else in its state is as it is, and what the model writes there is dropped. Only of a Linen module that is called
+    with a `mutable` does the function return what `apply` returns, the output and these collections.
     """
     program, state = program_of(function, model)
+    if not isinstance(program, _LinenProgram):
+        params, others = nnx.split_state(state, nnx.Param, ...)
 
-    def measured(state: Any, args: Any, kwargs: Any) -> tuple[Any, Trees]:
-        return measure(program, (state, args, kwargs), _by_example, _pool_examples)[:2]
+        def call(params: Any, args: Any, kwargs: Any) -> Any:
+            # All made anew: objects of NNX, in the model or among its arguments, change only where they were made.
+            return program(*jax.tree.map(lambda leaf: leaf, (nnx.merge_state(params, others), args, kwargs)))
 
-    if isinstance(program, _LinenProgram):
-        rest = {name: collection for name, collection in state.items() if name != "params"}
-        kwargs = {"rngs": {"params": key}, "mutable": list(rest)}
+        return params, call
+    rest = {name: collection for name, collection in state.items() if name != "params"}
 
-        def without_updates(params: Any, *args: Any) -> tuple[Any, Trees]:
-            (out, _), layers = measured({**rest, "params": params}, args, kwargs)
-            return out, layers
+    def apply(params: Any, args: Any, kwargs: Any) -> Any:
+        # Flax takes the stream "params" for each that has no key of its own, such as that of a dropout.
+        given = {"mutable": list(rest), **kwargs, "rngs": {"params": key, **streams(kwargs.get("rngs"))}}
+        out = program({**rest, "params": params}, args, given)
+        return out if "mutable" in kwargs else out[0]
 
-        return state.get("params", {}), without_updates
-    params, others = nnx.split_state(state, nnx.Param, ...)
-    return params, lambda params, *args: measured(nnx.merge_state(params, others), args, {})
+    return state.get("params", {}), apply
+
+
+def streams(rngs: Any) -> dict[str, Any]:
+    """The random keys that a Linen module is given, by the names of their streams; one alone is that of "params"."""
+    if rngs is None:
+        return {}
+    return dict(cast(Mapping[str, Any], rngs)) if isinstance(rngs, Mapping) else {"params": rngs}
+
+
+def measure_layers(fn: Callable[..., Any], *args: Any) -> tuple[Any, Trees]:
+    """fn(*args), and what each layer in it returned as (*loops, examples, elements).
+
+    Loops are those of stacked layers, examples the first axis of an output, elements all others.
+    """
+    return measure(fn, args, _by_example, _pool_examples)[:2]
 
 
 def measure(

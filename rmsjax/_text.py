@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -42,3 +43,15 @@ def text_table(rows: Iterable[Sequence[str]]) -> str:
 def with_interval(mean: float, high: float) -> str:
     """A slope and its interval, which is symmetric."""
     return f"{mean:+z.2f} ±{high - mean:.2f}"
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number of things."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
+def moves(factor: float) -> str:
+    """What a value does that becomes so many times what it was."""
+    if factor == 1 or math.isnan(factor):
+        return "stays" if factor == 1 else "is not known"
+    return f"{'falls' if factor < 1 else 'rises'} by a factor of {max(factor, 1 / factor):.3g}"

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from scipy.special import stdtrit  # jax brings scipy, as it does numpy
+
+from rmsjax._record import half_interval
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -102,10 +103,7 @@ def logs(values: np.ndarray) -> np.ndarray:
 
 
 def over_seeds(by_seed: np.ndarray) -> Slopes:
-    mean, count = np.mean(by_seed, axis=0), len(by_seed)
-    if count == 1:
-        return Slopes(mean, np.full_like(mean, -np.inf), np.full_like(mean, np.inf))
-    half = stdtrit(count - 1, 0.975) * np.std(by_seed, axis=0, ddof=1) / math.sqrt(count)
+    mean, half = np.mean(by_seed, axis=0), half_interval(by_seed)
     return Slopes(mean, mean - half, mean + half)
 
 

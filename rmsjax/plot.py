@@ -1,9 +1,9 @@
-"""Pictures of records: the coordinate check, RMS over training, layer by step, RMS beside L2 over width.
+"""Pictures of records: the coordinate check, loss by learning rate, RMS over training, layer by step, RMS beside L2.
 
-Draws what `coord_check`, `compare_widths` or a training loop recorded, and computes nothing. Lines differ in colour
-(Okabe and Ito's and some of Paul Tol's, which colour-blind people can tell apart), in marker and in dashes, so they
-survive a black-and-white print. Figures are made without pyplot, so none stays open; a notebook shows one that a cell
-ends with.
+Draws what `coord_check`, `compare_widths`, `lr_sweep` or a training loop recorded, and computes nothing. Lines differ
+in colour (Okabe and Ito's and some of Paul Tol's, which colour-blind people can tell apart), in marker and in dashes,
+so they survive a black-and-white print. Figures are made without pyplot, so none stays open; a notebook shows one that
+a cell ends with.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from matplotlib import colormaps
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator, NullLocator
+from PIL import Image  # matplotlib brings it
 
-from rmsjax._text import with_interval
+from rmsjax._text import moves, with_interval
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
     from rmsjax._coord_check import WidthRecord
+    from rmsjax._lr_sweep import SweepRecord
 
-__all__ = ["STYLE", "coord_check", "layer_by_step", "over_training", "rms_and_l2"]
+__all__ = ["STYLE", "coord_check", "layer_by_step", "lr_sweep", "over_training", "rms_and_l2"]
 
 
 def __dir__() -> list[str]:
@@ -104,7 +106,7 @@ def coord_check(
     values = [with_interval(slopes.mean[at, k], slopes.high[at, k]) for k in chosen]
     labels = _columns(names, [value + mark for value, mark in zip(values, marks, strict=True)])
     verdict = f"verdict: {record.verdict}{'' if _is_sure(record) else ' ?'}"
-    figure, panels = _panels(len(shown), labels, f"{title}, {verdict}" if title else verdict)
+    figure, panels = _panels(len(shown), labels, f"{title}, {verdict}" if title else verdict, record.axis)
     drawn = [
         _over_width(panel, record, means[:, step, chosen], f"step {step}")
         for panel, step in zip(panels, shown, strict=True)
@@ -286,7 +288,7 @@ def rms_and_l2(record: WidthRecord, *, step: int = -1, title: str | None = None)
     slopes = [record.slopes(quantity).mean[step] for quantity in ("rms", "l2")]
     names, chosen = _distinct(record.layers, np.stack(means).transpose(2, 0, 1))
     labels = _columns(names, [f"{slopes[0][k]:+z.2f}  {slopes[1][k]:+z.2f}" for k in chosen])
-    figure, panels = _panels(2, labels, title)
+    figure, panels = _panels(2, labels, title, record.axis)
     drawn = [
         _over_width(panel, record, values[:, chosen], name)
         for panel, values, name in zip(panels, means, ("RMS norm", "L2 norm per example"), strict=True)
@@ -302,6 +304,66 @@ def rms_and_l2(record: WidthRecord, *, step: int = -1, title: str | None = None)
     return figure
 
 
+def lr_sweep(records: SweepRecord | Mapping[str, SweepRecord], *, title: str | None = None) -> Figure:
+    """The loss against the learning rate: a line for each width, a panel for each record, in one scale.
+
+    A ring marks the best rate of each width. Where the rate transfers, as in muP, the rings are one above the other;
+    in standard parametrisation they move to the left. Runs that have diverged are left out, and losses far above that
+    of the start are beyond the picture.
+
+    Args:
+        records: what `rmsjax.lr_sweep` returned, or several of these by their names, such as
+            {"standard": first, "muP": second}.
+        title: what was trained.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: no records, or some of widths and some of depths.
+
+    Example:
+        >>> import numpy as np
+        >>> import rmsjax
+        >>> rates, widths = np.array([0.01, 0.02, 0.04, 0.08]), np.array([64, 256])
+        >>> loss = 1 + np.log2(rates / np.array([0.04, 0.02])[:, None]) ** 2  # least at 0.04, and at 0.02
+        >>> record = rmsjax.SweepRecord(widths, np.array([0]), rates, loss[:, None, :, None])
+        >>> figure = rmsjax.plot.lr_sweep({"standard": record})
+        >>> print(figure.axes[0].get_title())
+        standard: best rate
+        falls by a factor of 2
+
+    Source: Yang et al. (arXiv 2203.03466), figure 1.
+    """
+    named = {"": records} if not isinstance(records, Mapping) else records
+    if not named:
+        raise ValueError(
+            "plot.lr_sweep: records is empty; it must be what lr_sweep returned, or a dict of such records"
+        )
+    axes = {record.axis for record in named.values()}
+    if len(axes) > 1:
+        raise ValueError(f"plot.lr_sweep: records must have one axis, got {' and '.join(sorted(axes))}")
+    widths = np.unique(np.concatenate([record.widths for record in named.values()]))
+    labels = [f"{width}" for width in widths]
+    figure, panels = _panels(len(named), labels, title, "learning rate")
+    styles = dict(zip(widths.tolist(), _styles(), strict=False))
+    lines: dict[int, Line2D] = {}
+    for panel, (name, record) in zip(panels, named.items(), strict=True):
+        for width, losses, best in zip(record.widths.tolist(), record.final, record.best_rates.values(), strict=True):
+            finite = np.where(np.isfinite(losses), losses, np.nan)
+            (lines[width],) = panel.plot(record.learning_rates, finite, **styles[width])
+            panel.plot(best, np.min(losses), "o", ms=11, mfc="none", mec=styles[width]["color"], mew=1.6)
+        panel.set_xscale("log")
+        _log_scale(panel, record.final)
+        panel.grid(which="major", color=STYLE["grid.color"])
+        panel.set_title(f"{name}{': ' if name else ''}best rate\n{moves(record.drift)}")
+    start = max(np.nanmax(record.loss[..., 0]) for record in named.values())
+    panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 2 * start))
+    figure.supylabel("final loss")
+    _legend_beside(figure, [lines[width] for width in widths.tolist()], labels, axes.pop())
+    return figure
+
+
 # --------------------------------------------------------------------------------------------------------------- pieces
 
 
@@ -312,8 +374,10 @@ class _Figure(Figure):
         return super().__repr__().replace(type(self).__name__, Figure.__name__)
 
     def _repr_png_(self) -> bytes:
-        png = io.BytesIO()
-        self.savefig(png, format="png")
+        """With a palette, as which it is a third as large in a notebook."""
+        drawn, png = io.BytesIO(), io.BytesIO()
+        self.savefig(drawn, format="png")
+        Image.open(drawn).convert("RGB").quantize(256).save(png, format="png")
         return png.getvalue()
 
 
@@ -344,7 +408,7 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 3]}...{name[3 + _LONGEST // 3 - _LONGEST :]}"
 
 
-def _panels(count: int, labels: Sequence[str], title: str | None) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, labels: Sequence[str], title: str | None, xlabel: str) -> tuple[Figure, list[Axes]]:
     """A figure with panels that share both axes, a title above them, and room for a legend with these labels."""
     columns = min(count, 4)
     rows = -(-count // columns)
@@ -358,7 +422,7 @@ def _panels(count: int, labels: Sequence[str], title: str | None) -> tuple[Figur
         unused.remove()
         above.tick_params(labelbottom=True)
     for lowest in panels[max(0, count - columns) : count]:
-        lowest.set_xlabel("width")
+        lowest.set_xlabel(xlabel)
     return figure, list(panels[:count])
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 import rmsjax
-from rmsjax import WidthRecord, _coord_check, compare_widths, coord_check
+from rmsjax import WidthRecord, _coord_check, _training, compare_widths, coord_check
 from tests.parametrisations import (
     ResidualMLP,
     Transformer,
@@ -597,16 +597,16 @@ def test_arguments_of_all_kinds(capsys):
 
 
 def test_no_bar(capsys, monkeypatch):
-    assert list(_coord_check._with_bar([8, 16], progress=False)) == [8, 16]
+    assert list(_training.with_bar("coord_check", "width", [8, 16], progress=False)) == [8, 16]
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # as if it were not installed
-    assert list(_coord_check._with_bar([8, 16], progress=True)) == [8, 16]
+    assert list(_training.with_bar("coord_check", "width", [8, 16], progress=True)) == [8, 16]
     assert capsys.readouterr() == ("", "")
 
 
 def test_only_norms_leave_the_program():
-    train = functools.partial(
-        _coord_check._train, functools.partial(Frozen, 64), optax.adam(1e-3), optax.l2_loss, 4, (X, X[:, :1])
-    )
+    call = _training.Call((X,), {}, X[:, :1])
+    make_model = functools.partial(Frozen, 64)
+    train = functools.partial(_coord_check._train, make_model, optax.adam(1e-3), optax.l2_loss, 4, call)
     leaves = jax.tree.leaves(jax.eval_shape(train, jax.random.key(0)))
     assert max(math.prod(leaf.shape) for leaf in leaves) == 10 * 3  # what ten parameters do to three layers of a loop
 

@@ -1,5 +1,6 @@
 """The pictures, rendered and looked at as far as a program can: ink, texts, nothing clipped, nothing overlapping."""
 
+import dataclasses
 import itertools
 import re
 import subprocess
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from rmsjax import WidthRecord, plot
+from rmsjax import SweepRecord, WidthRecord, plot
 
 pytestmark = pytest.mark.once  # matplotlib is the same everywhere, and the examples run everywhere
 
@@ -192,6 +193,67 @@ def test_what_never_changes_or_is_not_finite_leaves_the_rest():
 def test_coord_check_errors(steps):
     with pytest.raises(ValueError, match=r"plot.coord_check: steps must be some of 0 to 4, got"):
         plot.coord_check(record(), steps=steps)
+
+
+# ------------------------------------------------------------------------------------------------------------- lr_sweep
+
+
+RATES = np.geomspace(1e-4, 1e-1, 7)
+
+
+def swept(best, *, widths=(64, 256, 1024), steps=20):
+    """Losses that are least at the rates of these places, and far larger at the largest rate."""
+    final = 0.1 * 4.0 ** np.abs(np.arange(7) - np.array(best)[:, None])
+    loss = np.repeat(np.repeat(final[:, None, :, None], 2, 1), steps, 3)
+    loss[..., 0], loss[..., -1, 1:] = 2.3, 1e6
+    return SweepRecord(np.array(widths), np.arange(2), RATES, loss)
+
+
+def test_lr_sweep():
+    """Rings are at the best rates; what explodes does not press the rest flat."""
+    records = {"standard": swept([4, 3, 1]), "muP": swept([4, 4, 4])}
+    figure = plot.lr_sweep(records, title="Some model")
+    words = assert_readable(figure)
+    assert {"learning rate", "final loss", "width", "64", "256", "1024", "Some model"} <= words
+    assert {"standard: best rate\nfalls by a factor of 31.6", "muP: best rate\nstays"} <= words
+    for ax, record in zip(figure.axes, records.values(), strict=True):
+        lines, rings = ax.get_lines()[::2], ax.get_lines()[1::2]
+        assert len(lines) == len(rings) == 3
+        for line, ring, losses, best in zip(lines, rings, record.final, record.best_rates.values(), strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), RATES)
+            np.testing.assert_array_equal(line.get_ydata(), losses)
+            assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (best, losses.min())
+        assert 2.3 <= ax.get_ylim()[1] < 10
+        assert ax.get_ylim() == figure.axes[0].get_ylim()
+    assert_distinct(figure.axes[0].get_lines()[::2], render(figure)[0])
+
+
+def test_lr_sweep_of_other_widths_and_of_what_diverges():
+    """Each width has one look in all panels; a run that diverged is left out."""
+    first, second = swept([4, 3, 1]), swept([3, 2], widths=(32, 256))
+    second.loss[0, 0, 5:, -1] = np.nan
+    second.loss[1] = np.inf
+    figure = plot.lr_sweep({"first": first, "second": second})
+    words = assert_readable(figure)
+    assert {"32", "64", "256", "1024", "second: best rate\nis not known"} <= words
+    left, right = (ax.get_lines()[::2] for ax in figure.axes)
+    assert left[1].get_color() == right[1].get_color() != left[0].get_color()
+    assert np.isnan(right[0].get_ydata()).tolist() == [False] * 5 + [True] * 2
+    assert np.isnan(right[1].get_ydata()).all()
+    single = assert_readable(plot.lr_sweep(dataclasses.replace(first, axis="depth")))
+    assert {"depth", "best rate\nfalls by a factor of 31.6"} <= single
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ({}, "records is empty; it must be what lr_sweep returned"),
+        ({"a": swept([1, 1, 1]), "b": dataclasses.replace(swept([1, 1, 1]), axis="depth")}, "got depth and width"),
+    ],
+)
+def test_lr_sweep_errors(records, message):
+    with pytest.raises(ValueError, match=f"plot.lr_sweep: .*{message}"):
+        plot.lr_sweep(records)
 
 
 # ----------------------------------------------------------------------------------------------- training and heat map

@@ -190,6 +190,7 @@ NOT_OF_ARRAYS = {
     "gradient_rms": "of a model, tests/test_probe.py",
     "compare_widths": "of models, to NumPy records",
     "coord_check": "trains models, to NumPy records",
+    "lr_sweep": "trains models, to NumPy records",
     "rms_report": "prints a table",
     "rms_states": "reads the states of optimizers, tests/test_transforms.py",
 }

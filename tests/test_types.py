@@ -24,7 +24,7 @@ TREE = {"kernel": X, "bias": X[0]}
 KEY = jax.random.key(3)
 
 # What functions return or raise: the example of the function shows it.
-RECORDS = {"WidthRecord", "RMSReport", "TransformationError"}
+RECORDS = {"WidthRecord", "SweepRecord", "RMSReport", "TransformationError"}
 
 
 def public():
@@ -151,8 +151,10 @@ NOT_CALLED = {
     "geometry.norm_axioms_gap": "likewise",
     "rmsjax.coord_check": "trains models: tests/test_coord_check.py",
     "rmsjax.compare_widths": "runs models: tests/test_coord_check.py",
+    "rmsjax.lr_sweep": "trains models: tests/test_lr_sweep.py",
     "plot.coord_check": "a record to a figure: tests/test_plot.py",
     "plot.layer_by_step": "a record to a figure",
+    "plot.lr_sweep": "a record to a figure",
     "plot.over_training": "a record to a figure",
     "plot.rms_and_l2": "a record to a figure",
     "probe.tag": "any type, unchanged",

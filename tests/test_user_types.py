@@ -69,6 +69,18 @@ record = rmsjax.coord_check(
 assert_type(record, rmsjax.WidthRecord)
 assert_type(record.verdict, str)
 rmsjax.plot.coord_check(record)
+rmsjax.coord_check(
+    make_model, lambda depth: (x, x), depths=[2, 4], kwargs={"mask": x}, make_optimizer=lambda depth: optax.sgd(0.1),
+    loss=lambda output, target: (optax.l2_loss(output, target), output),
+)
+sweep = rmsjax.lr_sweep(
+    make_model, [(x, x)], widths=[2, 4], learning_rates=[0.1, 0.2], loss=optax.l2_loss,
+    make_optimizer=lambda width, learning_rate: optax.sgd(learning_rate),
+)
+assert_type(sweep, rmsjax.SweepRecord)
+assert_type(sweep.load("file"), rmsjax.SweepRecord)
+assert_type(sweep.best_rates, dict[int, float])
+rmsjax.plot.lr_sweep({"muP": sweep})
 """
 
 # Each line is an error, of the rule named beside it.
