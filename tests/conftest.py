@@ -12,6 +12,19 @@ import pytest
 from rmsjax import _reduce
 
 
+def pytest_configure(config):
+    """What was compiled once is there for all workers, and for the next run; `--cache-clear` forgets it."""
+    if hasattr(config, "cache"):
+        options = {
+            "jax_compilation_cache_dir": str(config.cache.mkdir("compiled")),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        for name, value in options.items():
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)  # for processes that tests start
+
+
 @pytest.fixture(autouse=True)
 def strict():
     """No implicit promotion in any test. The examples in docstrings run as a user's program does."""

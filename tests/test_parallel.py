@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 import rmsjax
 from rmsjax import _reduce, clip_by_rms, rms, rms_normalize, tree_rms
 from tests import multiprocess_worker as worker
+from tests.oracle import LIKELY
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 MESH_AXES = ("data", "model")
@@ -72,13 +73,21 @@ def on_mesh(f, in_specs, out_specs, **options):
     return jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=in_specs, out_specs=out_specs, **options))
 
 
-def assert_same(got, want, rtol=1e-6):
-    """Equal to rtol, and to rtol of the typical entry where a difference cancels."""
+# Of two numbers that are each within LIKELY units in the last place, and rounded once more behind the norm.
+RTOL = 2 * (LIKELY + 1) * np.finfo(np.float32).eps
+
+
+def assert_same(got, want, condition=1.0):
+    """Equal to RTOL or, where a difference cancels, to RTOL of the typical entry.
+
+    condition: how many times as large as the error of a norm that of the entries is before they cancel. The sine of y
+    is off by the error of y, which is in proportion to y, so there it is the largest |y|.
+    """
 
     def check(path, g, w):
         g, w = np.asarray(g), np.asarray(w)
-        typical = np.median(np.abs(w[w != 0])) if np.any(w) else 0.0
-        np.testing.assert_allclose(g, w, rtol=rtol, atol=rtol * typical, err_msg=jax.tree_util.keystr(path))
+        typical = condition * np.median(np.abs(w[w != 0])) if np.any(w) else 0.0
+        np.testing.assert_allclose(g, w, rtol=RTOL, atol=RTOL * typical, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(check, got, want)
 
@@ -586,7 +595,9 @@ def test_pmap_of_layers_over_groups_of_devices(name):
     for x in (PARTS, HOT_PARTS):
         gradient, y = program(x, SCALE)
         assert_same(y, of_groups(x, SCALE))
-        assert_same(gradient, want(x, SCALE))
+        expected, largest = want(x, SCALE), float(np.abs(y).max())
+        for group in GROUPS:  # one by one, since beside the gradients of the others those of the hot one are nothing
+            assert_same(gradient[np.array(group)], expected[np.array(group)], condition=largest)
 
 
 def test_shard_map_of_layers_over_groups_of_devices():
