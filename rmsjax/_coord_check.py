@@ -29,6 +29,7 @@ from scipy.special import stdtrit  # jax brings scipy, as it does numpy
 
 from rmsjax._checks import described
 from rmsjax._models import trainable
+from rmsjax._reduce import accumulator_dtype, lift
 from rmsjax._tags import blank, partition
 from rmsjax._text import text_table, with_interval, wrapped
 from rmsjax._tree import tree_rms
@@ -456,8 +457,8 @@ def _norms(activations: Any) -> Any:
 
 def _difference(x: Array, y: Array) -> Array:
     """x - y in float32 at least, in which float16 does not overflow."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return x.astype(dtype) - y.astype(dtype)
+    dtype = accumulator_dtype(x.dtype)
+    return lift(x, dtype) - lift(y, dtype)
 
 
 def _sizes(activations: _Activations) -> OrderedDict[str, Array]:

@@ -25,6 +25,17 @@ def pytest_configure(config):
             os.environ[name.upper()] = str(value)  # for processes that tests start
 
 
+def pytest_report_header(config):
+    """What a run leaves out, on the console of whoever started it."""
+    if config.option.markexpr == "not slow":
+        return [
+            "the quick suite: every module and public name. Left out is what is marked slow: notebooks, the main job at",
+            "full size, several processes, all types, widths and transformations of what one of them shows.",
+            "everything, in a quarter of an hour: python -m pytest -m 'slow or not slow'",
+        ]
+    return None
+
+
 @pytest.fixture(autouse=True)
 def strict():
     """No implicit promotion in any test. The examples in docstrings run as a user's program does."""
@@ -40,10 +51,7 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(
-    scope="module",
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.once), pytest.param("tpu", marks=pytest.mark.once)],
-)
+@pytest.fixture(scope="module", params=["cpu", "cuda", "tpu"])
 def form(request):
     """The platform whose form of the arithmetic is taken; all of them run on a CPU, as if it were a single device."""
     with pytest.MonkeyPatch.context() as patch:

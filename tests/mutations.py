@@ -54,7 +54,7 @@ class Mutation(NamedTuple):
 
 NAMED = {
     "_coord_check": {
-        "dtype = jnp.promote_types(x.dtype, jnp.float32)": "dtype = x.dtype",
+        "return lift(x, dtype) - lift(y, dtype)": "return x - y",
         "optimizer = optax.with_extra_args_support(optimizer)": "pass",
     },
     "_models": {

@@ -233,5 +233,5 @@ CHECKS = [
     check_chain,
     check_train_state,
     check_nnx_optimizer,
-    *(pytest.param(check, marks=pytest.mark.once) for check in (check_masked, check_partition)),  # of optax alone
+    *(pytest.param(check, marks=pytest.mark.slow) for check in (check_masked, check_partition)),  # of optax alone
 ]

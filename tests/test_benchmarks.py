@@ -5,7 +5,7 @@ import pytest
 
 from tests.benchmarks import gpu
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("group", gpu.GROUPS)

@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 import rmsjax
 from rmsjax import rms, rms_normalize, tree_rms
+from tests.oracle import QUICK_ON_CPU
 
 pytestmark = pytest.mark.usefixtures("form")
 RNG = np.random.default_rng(5)
@@ -134,6 +135,7 @@ def test_second_derivatives_of_normalize_along_tangents_of_the_size_of_x(size):
         np.testing.assert_allclose(np.asarray(got, np.float64) * size, C @ (hessian @ T), rtol=2e-5, atol=2e-5)
 
 
+@QUICK_ON_CPU
 @pytest.mark.parametrize("size", SIZES)
 def test_layer(size):
     """Cotangents of the input and of the parameter, and all mixed second derivatives at an ordinary size."""
@@ -213,6 +215,7 @@ def test_constants(name):
             np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+@QUICK_ON_CPU
 def test_zero():
     """The norm has a kink there, and its derivative is 0 by definition, of all orders and in both modes."""
     zero, t = jnp.zeros(N), jnp.asarray(T, jnp.float32)
@@ -226,6 +229,7 @@ def test_zero():
     np.testing.assert_array_equal(jax.jacrev(lambda x: clip.update(x, clip.init(x))[0])(zero), np.eye(N))
 
 
+@QUICK_ON_CPU
 def test_what_a_mask_hides_has_no_part_in_a_derivative():
     hidden = jnp.asarray(np.where(KEPT, X, np.nan), jnp.float32)
     t = jnp.asarray(T, jnp.float32)
@@ -247,6 +251,7 @@ def test_what_a_mask_hides_has_no_part_in_a_derivative():
     assert not dscale[~KEPT].any()
 
 
+@QUICK_ON_CPU
 @pytest.mark.parametrize("size", [1.0, 1e37, 1e-37])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_euler(size, dtype):
@@ -271,6 +276,7 @@ FUNCTIONS = {
 }
 
 
+@QUICK_ON_CPU
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_finite_differences_to_second_order_in_both_modes(name, x64):
     check_grads(jax.jit(FUNCTIONS[name]), (jnp.asarray(X),), order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)

@@ -46,7 +46,7 @@ def clipped(scope, leaves, max_rms):
 
 @pytest.mark.parametrize("scope", ["global", "block", by_parity])
 @pytest.mark.parametrize(
-    "dtype", [*DTYPES[:2], *(pytest.param(d, marks=pytest.mark.once) for d in DTYPES[2:]), "mixed"]
+    "dtype", [*DTYPES[:2], *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[2:]), "mixed"]
 )
 def test_measured_and_clipped(dtype, scope):
     dtypes = [DTYPES[i % 4] if dtype == "mixed" else dtype for i in range(len(SHAPES))]
@@ -77,7 +77,7 @@ def test_derivatives():
     np.testing.assert_allclose(gradient, jax.grad(rmsjax.rms)(whole), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("scope", ["global", pytest.param("block", marks=pytest.mark.once)])
+@pytest.mark.parametrize("scope", ["global", pytest.param("block", marks=pytest.mark.slow)])
 def test_derivatives_of_the_clip(scope):
     """In both modes those of the same clip of one array, or of one array after the other."""
     some = SHAPES[3::4]  # in joints of one size and of several, and a large one
@@ -102,7 +102,7 @@ def test_derivatives_of_the_clip(scope):
     close(flat(got), flat(want))
 
 
-@pytest.mark.parametrize("scope", [pytest.param("global", marks=pytest.mark.once), "block"])
+@pytest.mark.parametrize("scope", [pytest.param("global", marks=pytest.mark.slow), "block"])
 def test_under_vmap(scope):
     leaves = [jnp.asarray(RNG.normal(size=(3, *s)), jnp.float32) for s in SHAPES]
     got, state = jax.jit(jax.vmap(lambda x: clipped(scope, x, 0.5)))(leaves)

@@ -169,8 +169,8 @@ def on_one_device(is_hot):
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        pytest.param(AUTO, "data", marks=pytest.mark.once),
-        pytest.param(AUTO, "model", marks=pytest.mark.once),
+        pytest.param(AUTO, "data", marks=pytest.mark.slow),
+        pytest.param(AUTO, "model", marks=pytest.mark.slow),
         (AUTO, "both"),
         (EXPLICIT, "both"),
     ],
@@ -188,7 +188,7 @@ def test_jit_gives_the_values_of_one_device_and_keeps_the_sharding(kind, name):
 @pytest.mark.parametrize(
     "spec", [P("data"), P(None, "model"), P(("data", "model")), P(None, ("model", "data"))], ids=str
 )
-@pytest.mark.parametrize("scale_is_split", [False, True])
+@pytest.mark.parametrize("scale_is_split", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_explicit_axes_have_a_rule_for_every_operation(spec, scale_is_split):
     """With explicit axes JAX raises at trace time where an operation does not know the sharding of its result."""
     specs = (spec, P(*spec[1:]) if scale_is_split else P(), spec)
@@ -198,7 +198,7 @@ def test_explicit_axes_have_a_rule_for_every_operation(spec, scale_is_split):
     jax.jit(everything).trace(*shapes((X, SCALE, WHERE), specs, EXPLICIT))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), pytest.param((1, 4), marks=pytest.mark.once)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), pytest.param((1, 4), marks=pytest.mark.slow)], ids=str)
 def test_explicit_axes_of_size_one_are_axes(sizes):
     """What lies on one device has a sharding too, which every derivative keeps."""
     small = jax.make_mesh(sizes, MESH_AXES, axis_types=(EXPLICIT, EXPLICIT))
@@ -317,7 +317,7 @@ def test_number_of_all_reduces_under_jit_is_that_of_mesh_axes(kind, scope):
     assert all_reduces(program, shapes(*grid(100), kind)) == (2, 2)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_number_of_all_reduces_under_jit_for_1000_leaves():
     """Of leaves of one type those of a stack have their sums in one array, and arrays share a message."""
     assert all_reduces(jax.jit(tree_rms), shapes(*grid(1000))) == (2, 2)
@@ -357,7 +357,7 @@ def test_normalizing_features_on_several_devices_sends_one_number_for_each_row()
     assert Counter(sent(jax.jit(jax.grad(loss, (0, 1))), *args)) == found + Counter({rows: 1, of_features: 1})
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_on_512_devices_nothing_but_numbers_is_sent():
     """In a process of its own, since it needs as many devices as are asked for at its start."""
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=512", "JAX_PLATFORMS": "cpu"}

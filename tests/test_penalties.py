@@ -130,7 +130,7 @@ def held_activations(width):
     return lambda of_rms, of_l2: [values[-1] for values in train(params, images, labels, of_rms, of_l2)]
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_same_strength_at_every_width():
     """One coefficient holds the activations of a narrow and a wide model to one level, and both learn.
 

@@ -10,8 +10,6 @@ from jax.custom_batching import custom_vmap
 from rmsjax import testing
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
 
-pytestmark = pytest.mark.once  # the matrix runs the same checks everywhere
-
 X = jnp.array([[1.0, -2.0, 0.5, 3.0], [0.25, 4.0, -1.0, 2.0]])
 
 FIRST = {"grad", "value_and_grad", "jvp", "vjp", "linearize", "jacfwd", "jacrev"}
@@ -259,7 +257,9 @@ STEEP = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, "float32 within"])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (jnp.float32, "float32 within"))]
+)
 @pytest.mark.parametrize("name", STEEP)
 def test_right_functions_that_are_steep_or_near_a_kink(name, dtype):
     """Differences over some percent of an element say nothing of these."""

@@ -190,14 +190,21 @@ NOT_OF_ARRAYS = {
 }
 
 
-# What differs between versions of JAX shows in these; the others take minutes to compile.
-IN_EVERY_ENVIRONMENT = ("rms", "rms_normalize", "tree_rms", "clip_by_rms", "nnx.RMSNorm")
+# The others are minutes of compiling, and what they share with these is most of what a transformation can break.
+QUICK = ("rms", "rms_normalize beyond", "clip_by_rms", "nnx.RMSNorm")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in IN_EVERY_ENVIRONMENT else pytest.mark.once) for name in ROWS],
-)
+def quick(names):
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in QUICK])
+def test_function_under_some_transformations(name):
+    fn, args, without = ROWS[name]
+    assert_transform_invariant(fn, *args, transforms=[t for t in ("jit", "vmap", "jvp", "grad") if t not in without])
+
+
+@pytest.mark.parametrize("name", quick(ROWS))
 def test_function_under_all_transformations(name, record_property):
     fn, args, without = ROWS[name]
     failures, reasons = dict.fromkeys(TRANSFORMS, "the plain call fails"), {}
@@ -213,9 +220,8 @@ def test_function_under_all_transformations(name, record_property):
         record_property("transform_matrix", [name, [[t, cells.get(t, "+")] for t in TRANSFORMS]])
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("name", ["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms"])
+@pytest.mark.parametrize("name", quick(["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms"]))
 def test_forms_of_accelerators_under_all_transformations(name, platform, monkeypatch):
     """Run on a CPU."""
     monkeypatch.setattr(_reduce, "FORM", platform)

@@ -44,7 +44,7 @@ def run(tx, params, *grads):
 
 
 @pytest.mark.parametrize("check", optax_suite.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("scope", [pytest.param(s, marks=() if s == "callable" else pytest.mark.once) for s in SCOPES])
+@pytest.mark.parametrize("scope", [pytest.param(s, marks=() if s == "callable" else pytest.mark.slow) for s in SCOPES])
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_composes(name, scope, check):
     check(name, scope)
@@ -616,7 +616,7 @@ def big_vision(clip):
     )
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", [adafactor, big_vision])
 def test_drop_in_for_the_block_clip_of_optax(chain):
     """Equal training curves, where the clip acts at some steps."""
@@ -637,7 +637,7 @@ COUNT = 64 * 32 + 32 + 32 * 10 + 10
 MAX_RMS = MAX_NORM / np.sqrt(COUNT)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_spike(dtype):
     """One batch x 10^4 under AdamW. Without a clip training stalls; with ours it recovers, and the state tells."""

@@ -5,8 +5,6 @@ import pytest
 from tests.accelerators import layer
 from tests.accelerators.layer import DTYPES, SHAPES, arguments, bytes_of
 
-pytestmark = pytest.mark.once
-
 ODD = (37, 113, 768)  # 4,181 rows: no block of any size divides them
 
 

@@ -6,8 +6,6 @@ import pytest
 
 from tests.accelerators.trees import program, size
 
-pytestmark = pytest.mark.once
-
 GPT2, MEDIUM, SMALL, LARGE = "GPT-2 small", "200 of 256x256", "500 of 64", "20 of 1024x1024"
 
 
