@@ -29,9 +29,9 @@ def pytest_report_header(config):
     """What a run leaves out, on the console of whoever started it."""
     if config.option.markexpr == "not slow":
         return [
-            "the quick suite: every module and public name. Left out is what is marked slow: notebooks, the main job at",
-            "full size, several processes, all types, widths and transformations of what one of them shows.",
-            "everything, in a quarter of an hour: python -m pytest -m 'slow or not slow'",
+            "the quick suite: every module and public name. Left out is what is marked slow: notebooks, the main job",
+            "as the README shows it, several processes, and further types, widths and transformations of a kind.",
+            "everything, which takes three times as long: python -m pytest -m 'slow or not slow'",
         ]
     return None
 

@@ -9,7 +9,6 @@ from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 
 def true_rms(x, axis=None, *, where=None, epsilon=0.0, keepdims=False):
@@ -108,10 +107,6 @@ def ulps(got, want, dtype=None):
 
 
 DTYPES = ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
-# The fixture `form`, where the forms of accelerators are slow.
-QUICK_ON_CPU = pytest.mark.parametrize(
-    "form", ["cpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cuda", "tpu"))], indirect=True
-)
 # In units in the last place of the result, for up to 4096 elements: of random mantissas, and of any.
 # XLA:CPU adds up a small array in two stages of at most 32 and 64 terms, one by one if it pleases. Where all terms are
 # equal, or one is so much larger than the others that each addition rounds in the same direction, by half a unit at

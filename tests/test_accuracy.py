@@ -15,7 +15,8 @@ import pytest
 
 import rmsjax
 from tests import accuracy_table
-from tests.oracle import DTYPES, LIKELY, QUICK_ON_CPU, WORST, sweep, true_clip, true_normalize, true_rms, ulps
+from tests.marks import QUICK_ON_CPU, slow
+from tests.oracle import DTYPES, LIKELY, WORST, sweep, true_clip, true_normalize, true_rms, ulps
 
 SIZES = [1, 2, 7, 31, 1000, 4096]
 EVERY_WAY = 2015  # of all numbers up to 4096 that for which the additions one after the other are the most
@@ -25,9 +26,7 @@ VERSIONS = 2  # ulp, by which the worst error may differ from one release of XLA
 FACTORS = (31, 65)
 # Each way to read, and each way to add up; the others differ from these in their tables alone.
 READ_ALIKE = ("float8_e4m3fn", "float8_e5m2", "complex128")
-ALL_DTYPES = pytest.mark.parametrize(
-    "dtype", [pytest.param(d, marks=pytest.mark.slow if d in READ_ALIKE else ()) for d in DTYPES]
-)
+ALL_DTYPES = pytest.mark.parametrize("dtype", [slow(dtype) if dtype in READ_ALIKE else dtype for dtype in DTYPES])
 
 
 def assert_within(bounds, got, want, *case):

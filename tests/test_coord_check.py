@@ -18,6 +18,7 @@ from scipy import stats
 
 import rmsjax
 from rmsjax import WidthRecord, _coord_check, _models, compare_widths, coord_check
+from tests.marks import slow
 from tests.parametrisations import (
     ResidualMLP,
     Transformer,
@@ -169,7 +170,7 @@ def assert_slopes_agree(record, mup, seeds, blocks):
 VERDICTS = pytest.mark.parametrize(("mup", "verdict"), [(False, "grows"), (True, "level")])
 
 
-@pytest.mark.parametrize("widths", [[64, 256], pytest.param([64, 256, 1024], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("widths", [[64, 256], slow([64, 256, 1024])], ids=str)
 @VERDICTS
 def test_mlp_on_digits(mup, verdict, widths):
     record = train("mlp", mup, widths, 15, blocks=1)
@@ -517,15 +518,14 @@ def check_split(kind, rows, hidden=None):
 
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
-SPLITS = [("data", None, "model"), ("model", "data")]
 
 
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [
-        pytest.param(AUTO, P("data"), marks=pytest.mark.slow),
-        pytest.param(EXPLICIT, P("data"), marks=pytest.mark.slow),
-        pytest.param(EXPLICIT, P(("data", "model")), marks=pytest.mark.slow),
+        slow(AUTO, P("data")),
+        slow(EXPLICIT, P("data")),
+        slow(EXPLICIT, P(("data", "model"))),
         (EXPLICIT, P("data", "model")),
     ],
     ids=str,
@@ -536,7 +536,7 @@ def test_batches_on_several_devices(kind, rows):
 
 @pytest.mark.parametrize(
     "hidden",
-    [P(None, "data", "model"), *(pytest.param(P(*p), marks=pytest.mark.slow) for p in SPLITS)],
+    [P(None, "data", "model"), slow(P("data", None, "model")), slow(P("model", "data"))],
     ids=str,
 )
 def test_activations_on_several_devices(hidden):
@@ -726,7 +726,7 @@ def test_a_shard_has_some_of_the_examples():
     np.testing.assert_allclose(record.rms[..., 0], record.rms[..., 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("axes", [("shard",), ("scan", "shard"), ("shard", "scan"), ("shard", "scan", "shard")], ids=str)
+@pytest.mark.parametrize("axes", [("shard",), ("scan", "shard"), ("shard", "scan"), ("shard", "scan", "shard")])
 def test_each_step_of_a_loop_has_the_examples_of_all_shards(axes):
     sizes = (2, 3, 4)[: len(axes)]
     x = np.random.default_rng(0).normal(size=(*sizes, 5, 6)).astype(np.float32)

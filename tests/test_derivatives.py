@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 import rmsjax
 from rmsjax import rms, rms_normalize, tree_rms
-from tests.oracle import QUICK_ON_CPU
+from tests.marks import QUICK_ON_CPU
 
 pytestmark = pytest.mark.usefixtures("form")
 RNG = np.random.default_rng(5)

@@ -14,6 +14,7 @@ from flax import nnx
 import rmsjax
 from rmsjax import geometry
 from rmsjax.testing import assert_norm, assert_orthogonal_invariant, assert_rotation_invariant
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -101,7 +102,7 @@ def judge(name: str, what: str, gap: Any, holds: bool) -> list[str]:
 
 
 # What differs between versions of JAX shows in one dimension.
-ALL_DIMENSIONS = [pytest.param(n, marks=[] if n == 3 else pytest.mark.slow) for n in (1, 2, 3, 64, 4096)]
+ALL_DIMENSIONS = [slow(1), slow(2), 3, slow(64), slow(4096)]
 
 
 @pytest.mark.parametrize("n", ALL_DIMENSIONS)

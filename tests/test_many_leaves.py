@@ -10,6 +10,7 @@ import pytest
 
 import rmsjax
 from rmsjax import _reduce
+from tests.marks import slow
 from tests.oracle import in_double, true_rms
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -45,9 +46,7 @@ def clipped(scope, leaves, max_rms):
 
 
 @pytest.mark.parametrize("scope", ["global", "block", by_parity])
-@pytest.mark.parametrize(
-    "dtype", [*DTYPES[:2], *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[2:]), "mixed"]
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", slow("float16"), slow("complex64"), "mixed"])
 def test_measured_and_clipped(dtype, scope):
     dtypes = [DTYPES[i % 4] if dtype == "mixed" else dtype for i in range(len(SHAPES))]
     program = jax.jit(partial(clipped, scope))
@@ -77,7 +76,7 @@ def test_derivatives():
     np.testing.assert_allclose(gradient, jax.grad(rmsjax.rms)(whole), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("scope", ["global", pytest.param("block", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scope", ["global", slow("block")])
 def test_derivatives_of_the_clip(scope):
     """In both modes those of the same clip of one array, or of one array after the other."""
     some = SHAPES[3::4]  # in joints of one size and of several, and a large one
@@ -102,7 +101,7 @@ def test_derivatives_of_the_clip(scope):
     close(flat(got), flat(want))
 
 
-@pytest.mark.parametrize("scope", [pytest.param("global", marks=pytest.mark.slow), "block"])
+@pytest.mark.parametrize("scope", [slow("global"), "block"])
 def test_under_vmap(scope):
     leaves = [jnp.asarray(RNG.normal(size=(3, *s)), jnp.float32) for s in SHAPES]
     got, state = jax.jit(jax.vmap(lambda x: clipped(scope, x, 0.5)))(leaves)

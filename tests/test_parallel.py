@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 import rmsjax
 from rmsjax import _reduce, clip_by_rms, rms, rms_normalize, tree_rms
 from tests import multiprocess_worker as worker
+from tests.marks import slow
 from tests.oracle import LIKELY
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -169,8 +170,8 @@ def on_one_device(is_hot):
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        pytest.param(AUTO, "data", marks=pytest.mark.slow),
-        pytest.param(AUTO, "model", marks=pytest.mark.slow),
+        slow(AUTO, "data"),
+        slow(AUTO, "model"),
         (AUTO, "both"),
         (EXPLICIT, "both"),
     ],
@@ -188,7 +189,7 @@ def test_jit_gives_the_values_of_one_device_and_keeps_the_sharding(kind, name):
 @pytest.mark.parametrize(
     "spec", [P("data"), P(None, "model"), P(("data", "model")), P(None, ("model", "data"))], ids=str
 )
-@pytest.mark.parametrize("scale_is_split", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scale_is_split", [False, slow(True)])
 def test_explicit_axes_have_a_rule_for_every_operation(spec, scale_is_split):
     """With explicit axes JAX raises at trace time where an operation does not know the sharding of its result."""
     specs = (spec, P(*spec[1:]) if scale_is_split else P(), spec)
@@ -198,7 +199,7 @@ def test_explicit_axes_have_a_rule_for_every_operation(spec, scale_is_split):
     jax.jit(everything).trace(*shapes((X, SCALE, WHERE), specs, EXPLICIT))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), pytest.param((1, 4), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), slow((1, 4))], ids=str)
 def test_explicit_axes_of_size_one_are_axes(sizes):
     """What lies on one device has a sharding too, which every derivative keeps."""
     small = jax.make_mesh(sizes, MESH_AXES, axis_types=(EXPLICIT, EXPLICIT))
@@ -216,10 +217,10 @@ def test_explicit_axes_of_size_one_are_axes(sizes):
             tx = clip_by_rms(0.1)
             return tx.update(x, tx.init(x))[0]
 
-        for f in (jax.grad(loss), jax.grad(slope(loss)), clipped):
-            got = jax.jit(f)(placed)
+        program = jax.jit(lambda x: [f(x) for f in (jax.grad(loss), jax.grad(slope(loss)), clipped)])
+        for got, want in zip(program(placed), program(x), strict=True):
             assert got.sharding.is_equivalent_to(placed.sharding, 3)
-            np.testing.assert_allclose(got, jax.jit(f)(x), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- what is sent

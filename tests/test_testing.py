@@ -9,6 +9,7 @@ from jax.custom_batching import custom_vmap
 
 from rmsjax import testing
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
+from tests.marks import slow
 
 X = jnp.array([[1.0, -2.0, 0.5, 3.0], [0.25, 4.0, -1.0, 2.0]])
 
@@ -257,9 +258,7 @@ STEEP = {
 }
 
 
-@pytest.mark.parametrize(
-    "dtype", [jnp.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (jnp.float32, "float32 within"))]
-)
+@pytest.mark.parametrize("dtype", [slow(jnp.float32), jnp.bfloat16, slow("float32 within")])
 @pytest.mark.parametrize("name", STEEP)
 def test_right_functions_that_are_steep_or_near_a_kink(name, dtype):
     """Differences over some percent of an element say nothing of these."""

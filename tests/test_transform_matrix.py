@@ -21,6 +21,7 @@ from jax.extend.random import define_prng_impl
 import rmsjax
 from rmsjax import _reduce, geometry
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -195,7 +196,7 @@ QUICK = ("rms", "rms_normalize beyond", "clip_by_rms", "nnx.RMSNorm")
 
 
 def quick(names):
-    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+    return [name if name in QUICK else slow(name) for name in names]
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in QUICK])

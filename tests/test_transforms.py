@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 import rmsjax
 from rmsjax import penalties, report, transforms
 from tests import optax_suite, stable_adamw
+from tests.marks import slow
 from tests.optax_suite import ELEMENTS, GRADS, PARAMS, at, scanned
 from tests.oracle import LIKELY
 
@@ -49,7 +50,7 @@ def run(tx, params, *grads):
 
 
 @pytest.mark.parametrize("check", optax_suite.CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("scope", [pytest.param(s, marks=() if s == "callable" else pytest.mark.slow) for s in SCOPES])
+@pytest.mark.parametrize("scope", [slow("global"), slow("block"), slow("axes"), "callable"])
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_composes(name, scope, check):
     check(name, scope)
