@@ -8,5 +8,10 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def quick_of(cases, *quick):
+    """Cases, of which those that are named are in the quick suite."""
+    return [case if case in quick else slow(case) for case in cases]
+
+
 # Of the forms that the fixture `form` gives, those of accelerators.
 QUICK_ON_CPU = pytest.mark.parametrize("form", ["cpu", slow("cuda"), slow("tpu")], indirect=True)

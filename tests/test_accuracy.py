@@ -15,7 +15,7 @@ import pytest
 
 import rmsjax
 from tests import accuracy_table
-from tests.marks import QUICK_ON_CPU, slow
+from tests.marks import QUICK_ON_CPU, quick_of
 from tests.oracle import DTYPES, LIKELY, WORST, sweep, true_clip, true_normalize, true_rms, ulps
 
 SIZES = [1, 2, 7, 31, 1000, 4096]
@@ -24,9 +24,10 @@ pytestmark = pytest.mark.usefixtures("form")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks/04_numerics.ipynb"
 VERSIONS = 2  # ulp, by which the worst error may differ from one release of XLA to another
 FACTORS = (31, 65)
-# Each way to read, and each way to add up; the others differ from these in their tables alone.
-READ_ALIKE = ("float8_e4m3fn", "float8_e5m2", "complex128")
-ALL_DTYPES = pytest.mark.parametrize("dtype", [slow(dtype) if dtype in READ_ALIKE else dtype for dtype in DTYPES])
+# The quick ones have every way to read and every way to add up.
+ALL_DTYPES = pytest.mark.parametrize(
+    "dtype", quick_of(DTYPES, "float16", "bfloat16", "float32", "float64", "complex64")
+)
 
 
 def assert_within(bounds, got, want, *case):

@@ -21,7 +21,7 @@ from jax.extend.random import define_prng_impl
 import rmsjax
 from rmsjax import _reduce, geometry
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
-from tests.marks import slow
+from tests.marks import quick_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -195,17 +195,13 @@ NOT_OF_ARRAYS = {
 QUICK = ("rms", "rms_normalize beyond", "clip_by_rms", "nnx.RMSNorm")
 
 
-def quick(names):
-    return [name if name in QUICK else slow(name) for name in names]
-
-
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in QUICK])
 def test_function_under_some_transformations(name):
     fn, args, without = ROWS[name]
     assert_transform_invariant(fn, *args, transforms=[t for t in ("jit", "vmap", "jvp", "grad") if t not in without])
 
 
-@pytest.mark.parametrize("name", quick(ROWS))
+@pytest.mark.parametrize("name", quick_of(ROWS, *QUICK))
 def test_function_under_all_transformations(name, record_property):
     fn, args, without = ROWS[name]
     failures, reasons = dict.fromkeys(TRANSFORMS, "the plain call fails"), {}
@@ -221,8 +217,11 @@ def test_function_under_all_transformations(name, record_property):
         record_property("transform_matrix", [name, [[t, cells.get(t, "+")] for t in TRANSFORMS]])
 
 
+FORMS = ["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms"]
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("name", quick(["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms"]))
+@pytest.mark.parametrize("name", quick_of(FORMS, *QUICK))
 def test_forms_of_accelerators_under_all_transformations(name, platform, monkeypatch):
     """Run on a CPU."""
     monkeypatch.setattr(_reduce, "FORM", platform)
