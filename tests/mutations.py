@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -90,16 +90,15 @@ OPERATORS = {
     ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"),
     ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"),
 }  # fmt: skip
-LIBRARIES = {"jnp", "lax", "np", "math"}
 
 
 def by_rule(module, source):
     """All mutations of a module: none of docstrings, types, or what an error says."""
-    lines = [0, *(match.end() for match in re.finditer("\n", source))]
-    encoded = source.split("\n")
+    lines = source.splitlines(keepends=True)
+    starts = [0, *accumulate(map(len, lines))]
 
     def offset(line, column):
-        return lines[line - 1] + len(encoded[line - 1].encode()[:column].decode())  # ast counts bytes
+        return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())  # ast counts bytes
 
     def span(node):
         return offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)
@@ -119,19 +118,14 @@ def by_rule(module, source):
             yield change(node, gap.start + found.start(), gap.start + found.end(), new)
 
     def of_call(node):
-        arguments = [(node.func, 0), *((argument, 0) for argument in node.args)]
-        ends = [span(node.func)[1] + 1, *(span(argument)[1] for argument in node.args)]
         for keyword in node.keywords:
-            start, stop = span(keyword)
             if keyword.arg is not None and not is_beside_the_point(keyword):
-                comma = re.match(r",?\s*", source[stop:]).end()
-                yield change(node, start, stop + comma, "")
+                start, stop = span(keyword)
+                yield change(node, start, stop + re.match(r",?\s*", source[stop:]).end(), "")
         if len(node.args) > 1:
-            yield change(node, ends[-2], ends[-1], "")
-        elif len(arguments) == 2 and not node.keywords and isinstance(node.func, ast.Attribute):
-            value = node.func.value
-            if isinstance(value, ast.Name) and value.id in LIBRARIES:
-                yield change(node, *span(node), f"({text(node.args[0])})")
+            yield change(node, span(node.args[-2])[1], span(node.args[-1])[1], "")
+        elif len(node.args) == 1 and not node.keywords and is_of_a_library(node.func):
+            yield change(node, *span(node), f"({text(node.args[0])})")
 
     def of(node):
         if isinstance(node, ast.BinOp):
@@ -171,6 +165,11 @@ def by_rule(module, source):
         if (key := (mutation.start, mutation.stop, mutation.text)) not in seen:
             seen.add(key)
             yield mutation
+
+
+def is_of_a_library(function):
+    """Whether it is a function such as `jnp.sqrt`, which a mutation leaves out."""
+    return isinstance(function, ast.Attribute) and ast.unparse(function.value) in ("jnp", "lax", "np", "math")
 
 
 def is_beside_the_point(node):
