@@ -160,18 +160,28 @@ def test_few_reductions(scope, monkeypatch):
         assert found.get("reduce_and", 0) <= 2
 
 
-@pytest.mark.parametrize(("platform", "readings"), [("cpu", 2), ("cuda", 1 if _reduce.KNOWS_DOUBLE else 3), ("tpu", 3)])
-def test_leaves_of_one_type_are_summed_up_together_in_their_own_shape(platform, readings, monkeypatch):
+READINGS = {
+    "float16": {"cpu": 1, "cuda": 1, "tpu": 1},
+    "float32": {"cpu": 2, "cuda": 1 if _reduce.KNOWS_DOUBLE else 3, "tpu": 3},
+    "float64": {"cpu": 2, "cuda": 3, "tpu": 3},
+}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("dtype", READINGS)
+def test_leaves_of_one_type_are_summed_up_together_in_their_own_shape(dtype, platform, monkeypatch, x64):
     """To flatten them would gather what is split over devices, and copy what a TPU holds in tiles.
 
-    On a CPU once in the naive pass and once in the rescaled one, on a TPU for each of three scales.
+    On a CPU once in the naive pass and once in the rescaled one, on a TPU for each of three scales, and once only where
+    squares fit or are taken in a type in which they do.
     """
     monkeypatch.setattr(_reduce, "FORM", platform)
     jax.clear_caches()
-    leaves = [jnp.ones((4, 16))] * 20 + [jnp.ones((16, 4))] * 20 + [jnp.ones((300, 300))] * 2
+    shapes = [(4, 16)] * 20 + [(16, 4)] * 20 + [(300, 300)] * 2
+    leaves = [jnp.ones(shape, dtype) for shape in shapes]
     found = operations(rmsjax.tree_rms, leaves)
     assert "reshape" not in found
-    assert found["reduce_sum"] == readings * (2 + 2 + 1)  # two stacks, two large leaves, and all of them
+    assert found["reduce_sum"] == READINGS[dtype][platform] * (2 + 2 + 1)  # two stacks, two large leaves, and all of them
 
 
 def test_the_sums_of_joints_are_not_added_one_by_one():
