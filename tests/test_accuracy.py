@@ -157,6 +157,7 @@ def once_rounded(dtype, bounds, more):
     return bounds[:, None] + more if jnp.finfo(dtype).nmant >= 23 else 0.51
 
 
+@QUICK_ON_CPU
 @ALL_DTYPES
 def test_clip(dtype, x64):
     info = jnp.finfo(dtype)

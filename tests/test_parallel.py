@@ -624,6 +624,7 @@ def test_groups_of_different_size_are_refused():
 # --------------------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_training_is_the_same_on_one_device_on_eight_by_jit_and_by_shard_map():
     """20 steps with RMSNorm and clip_by_rms. With several processes: test_multiprocess.py."""
     one = worker.train(worker.make_mesh((1, 1), jax.devices()[:1]))
