@@ -255,10 +255,10 @@ def _along(plan: Plan, leaves: Sequence[Array], found: PerPool, moving: dict[int
 
 
 def _added(terms: Sequence[Array], like: Array) -> Array:
-    """The sum of arrays; behind a barrier, for the reason that `_pooled` has a maximum: it is not linear."""
+    """The sum of numbers, or the only array; behind a barrier, as `_pooled` has a maximum, which is not linear."""
     if len(terms) < 2:
         return terms[0] if terms else jnp.zeros_like(like)
-    return jnp.sum(hold(jnp.stack(terms)), 0)
+    return jnp.sum(hold(jnp.stack(terms)))
 
 
 # ------------------------------------------------------------------------------------------------------------ rescaling

@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 import rmsjax
 from rmsjax import rms, rms_normalize, tree_rms
 from tests.marks import QUICK_ON_CPU, quick_of
+from tests.oracle import LIKELY
 
 pytestmark = pytest.mark.usefixtures("form")
 RNG = np.random.default_rng(5)
@@ -155,6 +156,18 @@ def test_layer(size):
     if size == 1:
         mixed = jax.jit(jax.jacrev(jax.grad(lambda scale, x: jnp.vdot(c, f(scale, x))), argnums=1))(scale, x)
         np.testing.assert_allclose(mixed, C[:, None] * jacobian / SCALE[:, None], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(256, 5), (129, 5), (128, 3, 5), (2, 3, 4, 5)], ids=str)
+def test_gradient_of_a_scale_over_many_rows(shape):
+    """Rows are added up in stages, by blocks of them where there are as many as blocks hold, or by axes."""
+    x, c = np.random.default_rng(8).normal(size=(2, *shape)).astype(np.float32)
+    got = jax.jit(jax.grad(lambda scale: jnp.vdot(c, rms_normalize(x, scale, epsilon=0.0))))(jnp.ones(5))
+    terms = np.float64(c) * x / np.sqrt(np.mean(np.float64(x) ** 2, -1, keepdims=True))
+    rows = tuple(range(len(shape) - 1))
+    # Each term is off by its norm and two roundings, and the sum by one of them for each doubling of the rows.
+    bound = (LIKELY + 2 + np.log2(terms[..., 0].size)) * np.finfo(np.float32).eps * np.abs(terms).sum(rows)
+    assert (np.abs(got - terms.sum(rows)) <= bound).all()
 
 
 FAR = [1e34, 1e-34]
