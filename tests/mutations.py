@@ -107,8 +107,8 @@ def by_rule(module, source):
         return source[slice(*span(node))]
 
     def change(node, start, stop, new):
-        old, shown = source[start:stop], " ".join(text(node).split())
-        what = f"{shown[:70]}: {' '.join(old.split())[:60]} -> {' '.join(new.split())[:60] or 'nothing'}"
+        old, replaced = (" ".join(words.split())[:60] or "nothing" for words in (source[start:stop], new))
+        what = f"{old} -> {replaced} in {lines[node.lineno - 1].strip()[:90]}"
         return Mutation(module, node.lineno, start, stop, new, what)
 
     def operator(node, left, op, right):

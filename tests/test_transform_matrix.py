@@ -21,7 +21,7 @@ from jax.extend.random import define_prng_impl
 import rmsjax
 from rmsjax import _reduce, geometry
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
-from tests.marks import quick_of
+from tests.marks import quick_of, slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -195,7 +195,11 @@ NOT_OF_ARRAYS = {
 QUICK = ("rms", "rms_normalize beyond", "clip_by_rms", "nnx.RMSNorm")
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name not in QUICK])
+# Those of geometry would take most of the time, and have tests of their own.
+OTHERS = [slow(name) if name.startswith("geometry") else name for name in ROWS if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_function_under_some_transformations(name):
     fn, args, without = ROWS[name]
     assert_transform_invariant(fn, *args, transforms=[t for t in ("jit", "vmap", "jvp", "grad") if t not in without])
