@@ -295,10 +295,10 @@ _along_leaf = jax.jit(along, static_argnums=3)  # so that leaves of one type are
 
 
 def _added(terms: Sequence[Array], like: Array) -> Array:
-    """The sum of arrays; behind a barrier, for the reason that `_pooled` has a maximum: it is not linear."""
+    """The sum of numbers, or the only array; behind a barrier, as `_pooled` has a maximum, which is not linear."""
     if len(terms) < 2:
         return terms[0] if terms else jnp.zeros_like(like)
-    return jnp.sum(hold(jnp.stack(terms)), 0)
+    return jnp.sum(hold(jnp.stack(terms)))
 
 
 def excess(plan: Plan, leaves: Sequence[Array], near: PerPool) -> PerPool:

@@ -1,6 +1,6 @@
 """The accuracy table of notebooks/04_numerics.ipynb: `python -m tests.accuracy_table` prints it.
 
-A case is one vector of the sweep of tests/oracle.py. A case is lost by a function that gives 0, inf or NaN where the
+A case is one vector of the sweep of `oracle`. A case is lost by a function that gives 0, inf or NaN where the
 answer is a normal number of the type of its result; what it gives elsewhere is measured in ulp of that type.
 """
 

@@ -12,6 +12,30 @@ import pytest
 from rmsjax import _reduce
 
 
+def pytest_configure(config):
+    """What was compiled once is there for all workers, and for the next run; `--cache-clear` forgets it."""
+    if hasattr(config, "cache"):
+        options = {
+            "jax_compilation_cache_dir": str(config.cache.mkdir("compiled")),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        for name, value in options.items():
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)  # for processes that tests start
+
+
+def pytest_report_header(config):
+    """What a run leaves out, on the console of whoever started it."""
+    if config.option.markexpr == "not slow":
+        return [
+            "the quick suite: every module and public name. Left out is what is marked slow: notebooks, the main job",
+            "as the README shows it, several processes, and further types, widths and transformations of a kind.",
+            "everything, which takes three times as long: python -m pytest -m 'slow or not slow'",
+        ]
+    return None
+
+
 @pytest.fixture(autouse=True)
 def strict():
     """No implicit promotion in any test. The examples in docstrings run as a user's program does."""
@@ -27,10 +51,7 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(
-    scope="module",
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.once), pytest.param("tpu", marks=pytest.mark.once)],
-)
+@pytest.fixture(scope="module", params=["cpu", "cuda", "tpu"])
 def form(request):
     """The platform whose form of the arithmetic is taken; all of them run on a CPU, as if it were a single device."""
     with pytest.MonkeyPatch.context() as patch:

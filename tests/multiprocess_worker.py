@@ -2,7 +2,7 @@
 
 Imported, this gives the pieces to tests in one process. Run as a script, it is one of several processes:
 
-    python tests/multiprocess_worker.py COORDINATOR PROCESSES PROCESS OUTPUT [--heartbeat SECONDS] [--die-at STEP]
+    python multiprocess_worker.py COORDINATOR PROCESSES PROCESS OUTPUT [--heartbeat SECONDS] [--die-at STEP]
 
 and writes the parts of the trained parameters and optimizer state that this process has, and what was measured.
 """

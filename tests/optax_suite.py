@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
 import rmsjax
+from tests.marks import slow
 
 
 class Element(NamedTuple):
@@ -261,5 +261,5 @@ CHECKS = [
     check_chain,
     check_train_state,
     check_nnx_optimizer,
-    *(pytest.param(check, marks=pytest.mark.once) for check in (check_masked, check_partition)),  # of optax alone
+    *(slow(check_masked), slow(check_partition)),  # of optax alone
 ]

@@ -15,6 +15,7 @@ import pytest
 
 import rmsjax
 from tests import accuracy_table
+from tests.marks import QUICK_ON_CPU, quick_of
 from tests.oracle import DTYPES, LIKELY, WORST, sweep, true_clip, true_normalize, true_rms, ulps
 
 SIZES = [1, 2, 7, 31, 1000, 4096]
@@ -23,6 +24,10 @@ pytestmark = pytest.mark.usefixtures("form")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks/04_numerics.ipynb"
 VERSIONS = 2  # ulp, by which the worst error may differ from one release of XLA to another
 FACTORS = (31, 65)
+# The quick ones have every way to read and every way to add up.
+ALL_DTYPES = pytest.mark.parametrize(
+    "dtype", quick_of(DTYPES, "float16", "bfloat16", "float32", "float64", "complex64")
+)
 
 
 def assert_within(bounds, got, want, *case):
@@ -49,7 +54,7 @@ def in_every_way(rows):
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@ALL_DTYPES
 def test_rms_of_all_sizes(dtype, x64):
     rows, bounds = zip(*(sweep(dtype, n) for n in SIZES), strict=True)
 
@@ -65,7 +70,7 @@ def test_rms_of_all_sizes(dtype, x64):
         assert_within(bound[:, None], got, want, dtype, "columns")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@ALL_DTYPES
 def test_rms_in_every_way(dtype, x64):
     rows, bounds = sweep(dtype, EVERY_WAY)
     want = true_rms(rows, -1)
@@ -105,7 +110,8 @@ def test_equal_elements_along_several_axes(shape_and_axes):
     assert_within(WORST, got, values)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@QUICK_ON_CPU
+@ALL_DTYPES
 def test_rms_of_what_a_mask_keeps(dtype, x64):
     rows, bounds = sweep(dtype, 1000)
     where = np.random.default_rng(1).random(rows.shape) < 0.6
@@ -121,7 +127,7 @@ def test_rms_of_what_a_mask_keeps(dtype, x64):
         assert_within(bounds, got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@ALL_DTYPES
 def test_rms_normalize(dtype, x64, form):
     info = jnp.finfo(dtype)
     sweeps = {n: sweep(dtype, n) for n in (1, 7, 1000)}
@@ -151,7 +157,8 @@ def once_rounded(dtype, bounds, more):
     return bounds[:, None] + more if jnp.finfo(dtype).nmant >= 23 else 0.51
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@QUICK_ON_CPU
+@ALL_DTYPES
 def test_clip(dtype, x64):
     info = jnp.finfo(dtype)
     sweeps = {n: sweep(dtype, n) for n in (1, 7, 1000)}
@@ -181,7 +188,8 @@ def test_tree_of_many_leaves():
         assert_within(LIKELY, np.stack(by_leaf), [true_rms(leaf) for leaf in leaves])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@QUICK_ON_CPU
+@ALL_DTYPES
 def test_the_ends_of_the_range(dtype, x64):
     info = jnp.finfo(dtype)
     measured = jax.jit(lambda x: (rmsjax.rms(x), rmsjax.rms_normalize(x, epsilon=0.0)))
@@ -192,8 +200,8 @@ def test_the_ends_of_the_range(dtype, x64):
             assert_within(WORST, normalized, np.sign(float(end)))
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
+@ALL_DTYPES
 def test_the_table_of_the_notebook(dtype, x64, form):
     """Our columns are as the notebook says, and no case is lost."""
     if form != "cpu":
@@ -212,6 +220,7 @@ def test_the_table_of_the_notebook(dtype, x64, form):
         assert abs(float(row[titles.index(title)]) - worst) <= VERSIONS, (title, worst)
 
 
+@QUICK_ON_CPU
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a platform may have subnormal numbers")
 def test_subnormal_numbers_count_as_zero_where_xla_flushes_them(x64):
     @jax.jit
@@ -234,6 +243,7 @@ def test_subnormal_numbers_count_as_zero_where_xla_flushes_them(x64):
         assert_within(0.51, normalized, true_normalize(x))
 
 
+@QUICK_ON_CPU
 def test_a_non_finite_element_shows():
     x = np.ones((4, 5), np.float32)
     x[1, 2], x[2, 3], x[3, :2] = np.nan, -np.inf, [np.inf, np.nan]

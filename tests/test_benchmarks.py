@@ -12,7 +12,7 @@ from tests.benchmarks import gpu, spikes
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("group", gpu.GROUPS)

@@ -18,6 +18,7 @@ from scipy import stats
 
 import rmsjax
 from rmsjax import WidthRecord, _coord_check, _training, compare_widths, coord_check
+from tests.marks import slow
 from tests.parametrisations import (
     ResidualMLP,
     Transformer,
@@ -175,16 +176,16 @@ def assert_slopes_agree(record, mup, seeds, blocks):
 VERDICTS = pytest.mark.parametrize(("mup", "verdict"), [(False, "grows"), (True, "level")])
 
 
-@pytest.mark.once
+@pytest.mark.parametrize("widths", [[64, 256], slow([64, 256, 1024])], ids=str)
 @VERDICTS
-def test_mlp_on_digits(mup, verdict):
-    record = train("mlp", mup, [64, 256, 1024], 15, blocks=1)
+def test_mlp_on_digits(mup, verdict, widths):
+    record = train("mlp", mup, widths, 15, blocks=1)
     assert [part.verdict for part in seed_sets(record, 3)] == [verdict] * 5
     assert_slopes_agree(record, mup, seeds=[0, 1], blocks=1)
     assert np.all(record.loss[:, :, -1] < record.loss[:, :, 0]) or not mup
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @VERDICTS
 def test_transformer_on_bytes(mup, verdict):
     record = train("transformer", mup, [64, 256], 15, blocks=1)
@@ -530,14 +531,23 @@ AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 
 @pytest.mark.parametrize(
     ("kind", "rows"),
-    [(AUTO, P("data")), (EXPLICIT, P("data")), (EXPLICIT, P(("data", "model"))), (EXPLICIT, P("data", "model"))],
+    [
+        slow(AUTO, P("data")),
+        slow(EXPLICIT, P("data")),
+        slow(EXPLICIT, P(("data", "model"))),
+        (EXPLICIT, P("data", "model")),
+    ],
     ids=str,
 )
 def test_batches_on_several_devices(kind, rows):
     check_split(kind, rows)
 
 
-@pytest.mark.parametrize("hidden", [P("data", None, "model"), P(None, "data", "model"), P("model", "data")], ids=str)
+@pytest.mark.parametrize(
+    "hidden",
+    [P(None, "data", "model"), slow(P("data", None, "model")), slow(P("model", "data"))],
+    ids=str,
+)
 def test_activations_on_several_devices(hidden):
     check_split(EXPLICIT, P("data"), hidden)
 
@@ -550,9 +560,10 @@ def test_linen():
 
 
 def test_trains_like_a_plain_loop():
-    """The norms are those of a model that is trained by hand, one seed at a time."""
+    """The norms are those of a model that is trained by hand, one seed at a time; the optimizer takes no extras."""
     record = check(lambda width, rngs: nnx.Linear(8, width, rngs=rngs), batch=(X, X), widths=[8, 9],
-                   loss=lambda y, x: jnp.sum(y[:, :8] - x, -1) ** 2, seeds=[7])  # fmt: skip
+                   loss=lambda y, x: jnp.sum(y[:, :8] - x, -1) ** 2, seeds=[7],
+                   make_optimizer=lambda width: optax.scale(-0.1))  # fmt: skip
     layer = nnx.Linear(8, 8, rngs=nnx.Rngs(jax.random.key(7)))
     kernel, bias = np.float64(layer.kernel[...]), np.zeros(8)
     first = X @ kernel + bias
@@ -564,6 +575,16 @@ def test_trains_like_a_plain_loop():
         assert record.change[0, 0, step, 0] == pytest.approx(math.sqrt(np.mean((y - first) ** 2)), rel=1e-4)
         cotangent = np.repeat(2 * error[:, None] / len(X), 8, 1)
         kernel, bias = kernel - 0.1 * X.T @ cotangent, bias - 0.1 * cotangent.sum(0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_changes_are_exact_in_narrow_types(dtype):
+    """That of a sign does not overflow, nor is one of a last place lost."""
+    info = jnp.finfo(dtype)
+    large = 2.0 ** min(int(info.maxexp) - 1, 126)
+    x, y = (np.array(values, dtype) for values in ([large, 1 + float(info.eps)], [-large, -1.0]))
+    change = _coord_check._difference(jnp.asarray(x), jnp.asarray(y))
+    np.testing.assert_array_equal(change, np.float64(x) - np.float64(y))
 
 
 def test_arguments_of_all_kinds(capsys):
@@ -712,6 +733,17 @@ def test_a_shard_has_some_of_the_examples():
     assert record.layers == ("layer", "Split")
     np.testing.assert_array_equal(record.sizes, [[8, 8], [16, 16]])
     np.testing.assert_allclose(record.rms[..., 0], record.rms[..., 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [("shard",), ("scan", "shard"), ("shard", "scan"), ("shard", "scan", "shard")])
+def test_each_step_of_a_loop_has_the_examples_of_all_shards(axes):
+    sizes = (2, 3, 4)[: len(axes)]
+    x = np.random.default_rng(0).normal(size=(*sizes, 5, 6)).astype(np.float32)
+    pooled = _models._pool_examples(jnp.asarray(x), axes)
+    loops = [k for k, axis in enumerate(axes) if axis == "scan"]
+    for step in np.ndindex(*(sizes[k] for k in loops)):
+        place = tuple(step[loops.index(k)] if k in loops else slice(None) for k in range(len(axes)))
+        np.testing.assert_array_equal(pooled[step], x[place].reshape(-1, 6))
 
 
 def test_compare_widths_takes_linen_models():

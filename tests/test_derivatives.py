@@ -11,6 +11,8 @@ from jax.test_util import check_grads
 
 import rmsjax
 from rmsjax import rms, rms_normalize, tree_rms
+from tests.marks import QUICK_ON_CPU, quick_of
+from tests.oracle import LIKELY
 
 pytestmark = pytest.mark.usefixtures("form")
 RNG = np.random.default_rng(5)
@@ -137,6 +139,7 @@ def test_second_derivatives_of_normalize_along_tangents_of_the_size_of_x(size):
         np.testing.assert_allclose(np.asarray(got, np.float64) * size, C @ (hessian @ T), rtol=2e-5, atol=2e-5)
 
 
+@QUICK_ON_CPU
 @pytest.mark.parametrize("size", SIZES)
 def test_layer(size):
     """Cotangents of the input and of the parameter, and all mixed second derivatives at an ordinary size."""
@@ -156,6 +159,18 @@ def test_layer(size):
     if size == 1:
         mixed = jax.jit(jax.jacrev(jax.grad(lambda scale, x: jnp.vdot(c, f(scale, x))), argnums=1))(scale, x)
         np.testing.assert_allclose(mixed, C[:, None] * jacobian / SCALE[:, None], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(256, 5), (129, 5), (128, 3, 5), (2, 3, 4, 5)], ids=str)
+def test_gradient_of_a_scale_over_many_rows(shape):
+    """Rows are added up in stages, by blocks of them where there are as many as blocks hold, or by axes."""
+    x, c = np.random.default_rng(8).normal(size=(2, *shape)).astype(np.float32)
+    got = jax.jit(jax.grad(lambda scale: jnp.vdot(c, rms_normalize(x, scale, epsilon=0.0))))(jnp.ones(5))
+    terms = np.float64(c) * x / np.sqrt(np.mean(np.float64(x) ** 2, -1, keepdims=True))
+    rows = tuple(range(len(shape) - 1))
+    # Each term is off by its norm and two roundings, and the sum by one of them for each doubling of the rows.
+    bound = (LIKELY + 2 + np.log2(terms[..., 0].size)) * np.finfo(np.float32).eps * np.abs(terms).sum(rows)
+    assert (np.abs(got - terms.sum(rows)) <= bound).all()
 
 
 FAR = [1e34, 1e-34]
@@ -216,6 +231,7 @@ def test_constants(name):
             np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+@QUICK_ON_CPU
 def test_zero():
     """The norm has a kink there, and its derivative is 0 by definition, of all orders and in both modes."""
     zero, t = jnp.zeros(N), jnp.asarray(T, jnp.float32)
@@ -229,6 +245,7 @@ def test_zero():
     np.testing.assert_array_equal(jax.jacrev(lambda x: clip.update(x, clip.init(x))[0])(zero), np.eye(N))
 
 
+@QUICK_ON_CPU
 def test_what_a_mask_hides_has_no_part_in_a_derivative():
     hidden = jnp.asarray(np.where(KEPT, X, np.nan), jnp.float32)
     t = jnp.asarray(T, jnp.float32)
@@ -250,6 +267,7 @@ def test_what_a_mask_hides_has_no_part_in_a_derivative():
     assert not dscale[~KEPT].any()
 
 
+@QUICK_ON_CPU
 @pytest.mark.parametrize("size", [1.0, 1e37, 1e-37])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_euler(size, dtype):
@@ -274,6 +292,9 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@QUICK_ON_CPU
+@pytest.mark.parametrize(
+    "name", quick_of(FUNCTIONS, "rms, complex", "rms_normalize", "clip_by_rms", "normalize_by_rms")
+)
 def test_finite_differences_to_second_order_in_both_modes(name, x64):
     check_grads(jax.jit(FUNCTIONS[name]), (jnp.asarray(X),), order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)

@@ -15,8 +15,6 @@ import rmsjax
 ROOT = Path(__file__).parent.parent
 MODULES = ["rmsjax", *(f"rmsjax.{name}" for name in rmsjax._MODULES)]
 
-pytestmark = pytest.mark.once
-
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):

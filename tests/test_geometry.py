@@ -14,6 +14,7 @@ from flax import nnx
 import rmsjax
 from rmsjax import geometry
 from rmsjax.testing import assert_norm, assert_orthogonal_invariant, assert_rotation_invariant
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -101,7 +102,7 @@ def judge(name: str, what: str, gap: Any, holds: bool) -> list[str]:
 
 
 # What differs between versions of JAX shows in one dimension.
-ALL_DIMENSIONS = [pytest.param(n, marks=[] if n == 3 else pytest.mark.once) for n in (1, 2, 3, 64, 4096)]
+ALL_DIMENSIONS = [slow(1), slow(2), 3, slow(64), slow(4096)]
 
 
 @pytest.mark.parametrize("n", ALL_DIMENSIONS)
@@ -135,7 +136,7 @@ def test_equivariance_is_lost_with_a_scale_that_is_not_constant(n):
     assert not [wrong for name, gap in gaps.items() for wrong in judge(name, "O(n)", gap, holds[name])]
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_the_layer_is_equivariant_until_its_scale_is_trained():
     layer = rmsjax.nnx.RMSNorm(3, rngs=nnx.Rngs(0))
     assert geometry.equivariance_gap(layer, 3, KEY) < ROUNDING
@@ -189,7 +190,7 @@ def z_score(samples, expected):
     return abs(samples.mean() - expected) / (error + 1e-6)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_matrices_are_orthogonal_with_the_moments_of_haar(n):
     draw = jax.jit(jax.vmap(lambda key: (geometry.random_orthogonal(key, n), geometry.random_rotation(key, n))))
@@ -281,7 +282,7 @@ def test_no_rotation_starts_or_ends_at_zero():
     assert np.isnan(jax.jit(geometry.rotation_between)(zero, one)).all()
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
 def test_pairs_have_the_law_of_a_haar_matrix(n):
     def draw(key):
@@ -334,7 +335,7 @@ def test_nan_is_a_violation():
 # ------------------------------------------------------------------------------------------------ norms at every width
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_growth_of_the_norms_with_width():
     ns = (16, 256, 4096)
     norms = {"rms": rmsjax.rms, "l2": l2, "l1": l1, "max": lambda x: jnp.max(jnp.abs(x))}
@@ -430,7 +431,7 @@ def test_mean_rms_of_a_normal_vector():
     check_mean_rms(jnp.float32)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_mean_rms_of_a_normal_vector_in_float64(x64):
     check_mean_rms(jnp.float64)
     check_mean_rms(jnp.float32)
@@ -459,7 +460,7 @@ def test_a_batch_of_keys_gives_as_many_worst_cases():
     assert len(np.unique(batch.at["Rx"], axis=0)) == 3
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_a_gap_can_be_trained_away():
     def gap(scale):
         return geometry.rotation_gap(lambda x: l2(scale * x), 2, KEY, 16)
@@ -472,7 +473,7 @@ def test_a_gap_can_be_trained_away():
     assert gap(scale) < 0.7 * before
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_in_float64(x64):
     assert geometry.rotation_gap(l2, 3, KEY) < 1e-14
     assert geometry.random_rotation(KEY, 3).dtype == jnp.float64
@@ -492,7 +493,7 @@ def test_assertions_pass_for_the_rms_norm(n):
     assert_norm(rmsjax.rms, n)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
 def test_narrow_types_are_judged_by_what_they_can_show(dtype):
     def narrow(f):

@@ -47,7 +47,7 @@ def record_of(best, *, widths=(64, 128, 256), seeds=3, steps=20, noise=0.0, floo
 # ----------------------------------------------------------------------------------------------------------- acceptance
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_model", "batch", "widths", "steps"),
     [(ResidualMLP, digits(256), [64, 1024], 10), (Transformer, zen_of_python(16), [64, 256], 20)],

@@ -11,6 +11,7 @@ import pytest
 
 import rmsjax
 from rmsjax import _reduce
+from tests.marks import slow
 from tests.oracle import in_double, true_rms
 from tests.workloads import gpt2_small, tree_of
 
@@ -47,9 +48,7 @@ def clipped(scope, leaves, max_rms):
 
 
 @pytest.mark.parametrize("scope", ["global", "block", by_parity])
-@pytest.mark.parametrize(
-    "dtype", [*DTYPES[:2], *(pytest.param(d, marks=pytest.mark.once) for d in DTYPES[2:]), "mixed"]
-)
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16"), slow("float16"), slow("complex64"), "mixed"])
 def test_measured_and_clipped(dtype, scope):
     dtypes = [DTYPES[i % 4] if dtype == "mixed" else dtype for i in range(len(SHAPES))]
     program = jax.jit(partial(clipped, scope))
@@ -79,7 +78,7 @@ def test_derivatives():
     np.testing.assert_allclose(gradient, jax.grad(rmsjax.rms)(whole), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("scope", ["global", pytest.param("block", marks=pytest.mark.once)])
+@pytest.mark.parametrize("scope", ["global", slow("block")])
 def test_derivatives_of_the_clip(scope):
     """In both modes those of the same clip of one array, or of one array after the other."""
     some = SHAPES[3::4]  # in joints of one size and of several, and a large one
@@ -104,7 +103,7 @@ def test_derivatives_of_the_clip(scope):
     close(flat(got), flat(want))
 
 
-@pytest.mark.parametrize("scope", [pytest.param("global", marks=pytest.mark.once), "block"])
+@pytest.mark.parametrize("scope", [slow("global"), "block"])
 def test_under_vmap(scope):
     leaves = [jnp.asarray(RNG.normal(size=(3, *s)), jnp.float32) for s in SHAPES]
     got, state = jax.jit(jax.vmap(lambda x: clipped(scope, x, 0.5)))(leaves)
@@ -199,18 +198,30 @@ def test_few_reductions(scope, monkeypatch):
         assert found.get("reduce_and", 0) <= 2
 
 
-@pytest.mark.parametrize(("platform", "readings"), [("cpu", 2), ("cuda", 1 if _reduce.KNOWS_DOUBLE else 3), ("tpu", 3)])
-def test_leaves_of_one_type_are_summed_up_together_in_their_own_shape(platform, readings, monkeypatch):
+READINGS = {
+    "float16": {"cpu": 1, "cuda": 1, "tpu": 1},
+    "float32": {"cpu": 2, "cuda": 1 if _reduce.KNOWS_DOUBLE else 3, "tpu": 3},
+    "float64": {"cpu": 2, "cuda": 3, "tpu": 3},
+}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("dtype", READINGS)
+def test_leaves_of_one_type_are_summed_up_together_in_their_own_shape(dtype, platform, monkeypatch, x64):
     """To flatten them would gather what is split over devices, and copy what a TPU holds in tiles.
 
-    On a CPU once in the naive pass and once in the rescaled one, on a TPU for each of three scales.
+    On a CPU once in the naive pass and once in the rescaled one, on a TPU for each of three scales, and once only where
+    squares fit or are taken in a type in which they do.
     """
     monkeypatch.setattr(_reduce, "FORM", platform)
     jax.clear_caches()
-    leaves = [jnp.ones((4, 16))] * 20 + [jnp.ones((16, 4))] * 20 + [jnp.ones((300, 300))] * 2
+    shapes = [(4, 16)] * 20 + [(16, 4)] * 20 + [(300, 300)] * 2
+    leaves = [jnp.ones(shape, dtype) for shape in shapes]
     found = operations(rmsjax.tree_rms, leaves)
     assert "reshape" not in found
-    assert found["reduce_sum"] == readings * (2 + 2 + 1)  # two stacks, two large leaves, and all of them
+    assert found["reduce_sum"] == READINGS[dtype][platform] * (
+        2 + 2 + 1
+    )  # two stacks, two large leaves, and all of them
 
 
 def test_the_sums_of_joints_are_not_added_one_by_one():

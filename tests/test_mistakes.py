@@ -95,7 +95,7 @@ def test_the_zoo_is_as_large_as_it_says():
                 assert any(zoo.power_of({pattern: 1}, path) for path in paths), (config.name, pattern, paths)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_the_score(capsys, tmp_path):
     """Of what is found and named, in a table; the second time from the records."""
     chosen = ["linen one rate*", "linen Adam*"]

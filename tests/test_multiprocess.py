@@ -13,7 +13,7 @@ import pytest
 
 from tests import multiprocess_worker as worker
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PROCESSES = 2

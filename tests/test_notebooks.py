@@ -27,7 +27,7 @@ SECONDS = 90  # that a notebook may take
 # What Colab has, and must keep; see also .ci/run.
 COLAB = {"jax": "0.7.2", "jaxlib": "0.7.2", "flax": "0.11.2", "optax": "0.2.8"}
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.slow
 
 
 def code_cells(notebook):

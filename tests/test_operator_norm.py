@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import rmsjax
 from rmsjax import rms_operator_norm, rms_operator_norm_by_path
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -185,8 +186,8 @@ AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 AXES = {"kernel": (-2, -1), "stack": (-2, -1), "out_of_heads": ((0, 1), 2), "into_heads": (0, (1, 2))}
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("kinds", [(EXPLICIT, EXPLICIT), (AUTO, EXPLICIT)], ids=str)
+@pytest.mark.parametrize("exact", [False, slow(True)])
+@pytest.mark.parametrize("kinds", [(EXPLICIT, EXPLICIT), slow((AUTO, EXPLICIT))], ids=str)
 def test_kernels_on_several_devices(kinds, exact):
     """Split along any axes: the input, the output, some heads, the batch; beside one that is on no mesh."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)

@@ -19,6 +19,7 @@ from matplotlib.image import imread
 import rmsjax
 from rmsjax import __main__ as main_job
 from rmsjax._text import text_table
+from tests.marks import slow
 from tests.test_notebooks import assert_same_picture, assert_same_text
 
 ROOT = Path(__file__).parent.parent
@@ -130,7 +131,7 @@ def as_for_a_user(quick_compiles):
         yield
 
 
-@pytest.mark.once
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_for_a_user")
 def test_main_job(tmp_path, capsys, monkeypatch):
     """What it prints is in form, all widths are level, and the README shows the picture that it draws."""
@@ -216,8 +217,7 @@ def test_tables_fit_into_the_terminal(monkeypatch):
     assert max(map(len, f"{record}\n{record.width_table()}".splitlines())) <= 60
 
 
-@pytest.mark.once
-@pytest.mark.parametrize("seconds", [0.0, 1.0, 4.0, 9.0])
+@pytest.mark.parametrize("seconds", [1.0, slow(0.0), slow(4.0), slow(9.0)])
 def test_ctrl_c_ends_in_one_line_at_once(seconds, tmp_path):
     """Whether it comes while modules load, XLA compiles or a width trains."""
     command = [sys.executable, "-u", "-m", "rmsjax", "--widths", "256", "512", "1024", "--out", tmp_path]
@@ -234,7 +234,6 @@ def test_ctrl_c_ends_in_one_line_at_once(seconds, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.once
 def test_a_reader_that_stops_is_no_error(tmp_path):
     command = f"{sys.executable} -m rmsjax --widths 8 16 --steps 2 --out {tmp_path} | head -n 1"
     shell = ["bash", "-o", "pipefail", "-c", command]

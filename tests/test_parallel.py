@@ -29,6 +29,8 @@ from jax.sharding import PartitionSpec as P
 import rmsjax
 from rmsjax import _reduce, clip_by_rms, rms, rms_normalize, tree_rms
 from tests import multiprocess_worker as worker
+from tests.marks import slow
+from tests.oracle import LIKELY
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 MESH_AXES = ("data", "model")
@@ -72,13 +74,21 @@ def on_mesh(f, in_specs, out_specs, **options):
     return jax.jit(jax.shard_map(f, mesh=mesh(), in_specs=in_specs, out_specs=out_specs, **options))
 
 
-def assert_same(got, want, rtol=1e-6):
-    """Equal to rtol, and to rtol of the typical entry where a difference cancels."""
+# Of two numbers that are each within LIKELY units in the last place, and rounded once more behind the norm.
+RTOL = 2 * (LIKELY + 1) * np.finfo(np.float32).eps
+
+
+def assert_same(got, want, condition=1.0):
+    """Equal to RTOL or, where a difference cancels, to RTOL of the typical entry.
+
+    condition: how many times as large as the error of a norm that of the entries is before they cancel. The sine of y
+    is off by the error of y, which is in proportion to y, so there it is the largest |y|.
+    """
 
     def check(path, g, w):
         g, w = np.asarray(g), np.asarray(w)
-        typical = np.median(np.abs(w[w != 0])) if np.any(w) else 0.0
-        np.testing.assert_allclose(g, w, rtol=rtol, atol=rtol * typical, err_msg=jax.tree_util.keystr(path))
+        typical = condition * np.median(np.abs(w[w != 0])) if np.any(w) else 0.0
+        np.testing.assert_allclose(g, w, rtol=RTOL, atol=RTOL * typical, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(check, got, want)
 
@@ -160,8 +170,8 @@ def on_one_device(is_hot):
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        pytest.param(AUTO, "data", marks=pytest.mark.once),
-        pytest.param(AUTO, "model", marks=pytest.mark.once),
+        slow(AUTO, "data"),
+        slow(AUTO, "model"),
         (AUTO, "both"),
         (EXPLICIT, "both"),
     ],
@@ -179,7 +189,7 @@ def test_jit_gives_the_values_of_one_device_and_keeps_the_sharding(kind, name):
 @pytest.mark.parametrize(
     "spec", [P("data"), P(None, "model"), P(("data", "model")), P(None, ("model", "data"))], ids=str
 )
-@pytest.mark.parametrize("scale_is_split", [False, True])
+@pytest.mark.parametrize("scale_is_split", [False, slow(True)])
 def test_explicit_axes_have_a_rule_for_every_operation(spec, scale_is_split):
     """With explicit axes JAX raises at trace time where an operation does not know the sharding of its result."""
     specs = (spec, P(*spec[1:]) if scale_is_split else P(), spec)
@@ -189,7 +199,7 @@ def test_explicit_axes_have_a_rule_for_every_operation(spec, scale_is_split):
     jax.jit(everything).trace(*shapes((X, SCALE, WHERE), specs, EXPLICIT))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), pytest.param((1, 4), marks=pytest.mark.once)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), slow((1, 4))], ids=str)
 def test_explicit_axes_of_size_one_are_axes(sizes):
     """What lies on one device has a sharding too, which every derivative keeps."""
     small = jax.make_mesh(sizes, MESH_AXES, axis_types=(EXPLICIT, EXPLICIT))
@@ -207,10 +217,10 @@ def test_explicit_axes_of_size_one_are_axes(sizes):
             tx = clip_by_rms(0.1)
             return tx.update(x, tx.init(x))[0]
 
-        for f in (jax.grad(loss), jax.grad(slope(loss)), clipped):
-            got = jax.jit(f)(placed)
+        program = jax.jit(lambda x: [f(x) for f in (jax.grad(loss), jax.grad(slope(loss)), clipped)])
+        for got, want in zip(program(placed), program(x), strict=True):
             assert got.sharding.is_equivalent_to(placed.sharding, 3)
-            np.testing.assert_allclose(got, jax.jit(f)(x), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- what is sent
@@ -308,7 +318,7 @@ def test_number_of_all_reduces_under_jit_is_that_of_mesh_axes(kind, scope):
     assert all_reduces(program, shapes(*grid(100), kind)) == (2, 2)
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_number_of_all_reduces_under_jit_for_1000_leaves():
     """Of leaves of one type those of a stack have their sums in one array, and arrays share a message."""
     assert all_reduces(jax.jit(tree_rms), shapes(*grid(1000))) == (2, 2)
@@ -348,7 +358,7 @@ def test_normalizing_features_on_several_devices_sends_one_number_for_each_row()
     assert Counter(sent(jax.jit(jax.grad(loss, (0, 1))), *args)) == found + Counter({rows: 1, of_features: 1})
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_on_512_devices_nothing_but_numbers_is_sent():
     """In a process of its own, since it needs as many devices as are asked for at its start."""
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=512", "JAX_PLATFORMS": "cpu"}
@@ -586,7 +596,9 @@ def test_pmap_of_layers_over_groups_of_devices(name):
     for x in (PARTS, HOT_PARTS):
         gradient, y = program(x, SCALE)
         assert_same(y, of_groups(x, SCALE))
-        assert_same(gradient, want(x, SCALE))
+        expected, largest = want(x, SCALE), float(np.abs(y).max())
+        for group in GROUPS:  # one by one, since beside the gradients of the others those of the hot one are nothing
+            assert_same(gradient[np.array(group)], expected[np.array(group)], condition=largest)
 
 
 def test_shard_map_of_layers_over_groups_of_devices():
@@ -612,6 +624,7 @@ def test_groups_of_different_size_are_refused():
 # --------------------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_training_is_the_same_on_one_device_on_eight_by_jit_and_by_shard_map():
     """20 steps with RMSNorm and clip_by_rms. With several processes: test_multiprocess.py."""
     one = worker.train(worker.make_mesh((1, 1), jax.devices()[:1]))

@@ -17,8 +17,6 @@ from matplotlib.transforms import Bbox
 
 from rmsjax import SweepRecord, WidthRecord, plot
 
-pytestmark = pytest.mark.once  # matplotlib is the same everywhere, and the examples run everywhere
-
 LAYERS = ("embed", "block0/up", "block0/down", "block1/up", "block1/down", "norm", "readout")
 BLOCKS = tuple(
     f"block{i}/{name}" for i in range(6) for name in ("attention/query", "attention/scores", "mlp/up", "mlp")

@@ -1154,6 +1154,22 @@ def assert_entries(model, x, names):
     return found
 
 
+def test_a_layer_that_calls_its_parent_class_is_one_layer():
+    class Shifted(Mlp):
+        def __call__(self, x):
+            return super().__call__(x) + 1
+
+    class Both(nnx.Module):
+        def __init__(self, rngs):
+            self.plain, self.shifted = Mlp(4, rngs), Shifted(4, rngs)
+
+        def __call__(self, x):
+            return self.shifted(self.plain(x))
+
+    names = [f"{layer}{part}" for layer in ("plain", "shifted") for part in ("/up", "/down", "")]
+    assert_entries(Both(nnx.Rngs(0)), gaussian(3, 4), [*names, "Both"])
+
+
 @pytest.mark.parametrize("wrap", [None, nn.remat, nn.jit])
 def test_nnx_in_linen(wrap):
     module, x = LinenMlp(wrap), gaussian(3, 4)

@@ -353,7 +353,7 @@ def test_tensorboard(log, tmp_path):
     assert found == EXPECTED
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_wandb_offline(log, tmp_path):
     wandb = pytest.importorskip("wandb")  # no part of the extra "test": it is large, and starts a process of its own
     settings = wandb.Settings(console="off", silent=True, disable_git=True)

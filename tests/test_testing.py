@@ -9,8 +9,7 @@ from jax.custom_batching import custom_vmap
 
 from rmsjax import testing
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
-
-pytestmark = pytest.mark.once  # the matrix runs the same checks everywhere
+from tests.marks import quick_of, slow
 
 X = jnp.array([[1.0, -2.0, 0.5, 3.0], [0.25, 4.0, -1.0, 2.0]])
 
@@ -208,7 +207,7 @@ NO_FLOATS = {
 }
 
 
-@pytest.mark.parametrize("kind", NO_FLOATS)
+@pytest.mark.parametrize("kind", quick_of(NO_FLOATS, "integer", "mask", "key"))
 def test_number_of_the_first_example_for_all(kind):
     """Examples differ in whatever they are made of, or else this would pass."""
 
@@ -259,8 +258,8 @@ STEEP = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, "float32 within"])
-@pytest.mark.parametrize("name", STEEP)
+@pytest.mark.parametrize("dtype", [slow(jnp.float32), jnp.bfloat16, slow("float32 within")])
+@pytest.mark.parametrize("name", quick_of(STEEP, "clip", "softmax", "root", "near the end"))
 def test_right_functions_that_are_steep_or_near_a_kink(name, dtype):
     """Differences over some percent of an element say nothing of these."""
     f, x = STEEP[name]
@@ -272,7 +271,7 @@ def test_right_functions_that_are_steep_or_near_a_kink(name, dtype):
     assert_transform_invariant(g, x, transforms=some)
 
 
-@pytest.mark.parametrize("name", STEEP)
+@pytest.mark.parametrize("name", quick_of(STEEP, "sine", "softmax", "logarithm"))
 def test_a_thousandth_of_the_derivative_is_seen(name):
     """Where the derivative is not lost beside the value."""
     f, x = STEEP[name]

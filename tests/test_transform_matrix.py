@@ -22,6 +22,7 @@ from jax.extend.random import define_prng_impl
 import rmsjax
 from rmsjax import _reduce, geometry
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
+from tests.marks import quick_of, slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -196,14 +197,21 @@ NOT_OF_ARRAYS = {
 }
 
 
-# What differs between versions of JAX shows in these; the others take minutes to compile.
-IN_EVERY_ENVIRONMENT = ("rms", "rms_normalize", "tree_rms", "clip_by_rms", "nnx.RMSNorm")
+# The others are minutes of compiling, and what they share with these is most of what a transformation can break.
+QUICK = ("rms", "rms_normalize beyond", "clip_by_rms", "nnx.RMSNorm")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in IN_EVERY_ENVIRONMENT else pytest.mark.once) for name in ROWS],
-)
+# Those of geometry would take most of the time, and have tests of their own.
+OTHERS = [slow(name) if name.startswith("geometry") else name for name in ROWS if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_function_under_some_transformations(name):
+    fn, args, without = ROWS[name]
+    assert_transform_invariant(fn, *args, transforms=[t for t in ("jit", "vmap", "jvp", "grad") if t not in without])
+
+
+@pytest.mark.parametrize("name", quick_of(ROWS, *QUICK))
 def test_function_under_all_transformations(name, record_property):
     fn, args, without = ROWS[name]
     failures, reasons = dict.fromkeys(TRANSFORMS, "the plain call fails"), {}
@@ -219,9 +227,11 @@ def test_function_under_all_transformations(name, record_property):
         record_property("transform_matrix", [name, [[t, cells.get(t, "+")] for t in TRANSFORMS]])
 
 
-@pytest.mark.once
+FORMS = ["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms"]
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("name", ["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms"])
+@pytest.mark.parametrize("name", quick_of(FORMS, *QUICK))
 def test_forms_of_accelerators_under_all_transformations(name, platform, monkeypatch):
     """Run on a CPU."""
     monkeypatch.setattr(_reduce, "FORM", platform)

@@ -172,12 +172,12 @@ def errors_in(users_python, tmp_path_factory):
     return errors_in
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_what_is_right_passes_with_its_types_known(errors_in):
     assert errors_in("right") == []
 
 
-@pytest.mark.once
+@pytest.mark.slow
 def test_what_is_wrong_does_not_pass(errors_in):
     found = {}
     for line, rule, _ in errors_in("wrong"):

@@ -8,8 +8,6 @@ from tests.accelerators.compiled import compiled
 from tests.benchmarks.gpu import copied, looped
 from tests.workloads import TREES, clips, norms, optimizers, step, tree_of
 
-pytestmark = pytest.mark.once
-
 TREE = tree_of(TREES["20 of 1024x1024"])
 
 

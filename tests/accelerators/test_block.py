@@ -4,8 +4,6 @@ import pytest
 
 from tests.accelerators.block import UNIT, beyond, model
 
-pytestmark = pytest.mark.once
-
 
 def at_most(ours, theirs):
     """To half a hundredth of x, which the tables round away: a number more for each row is less than that."""

@@ -7,8 +7,6 @@ from jax import lax
 
 from tests.accelerators.compiled import compiled, counted, size_of
 
-pytestmark = pytest.mark.once
-
 X = jax.ShapeDtypeStruct((1024, 256, 128), jnp.float32)
 UNIT = X.size * 4
 

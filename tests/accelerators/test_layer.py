@@ -4,18 +4,13 @@ import pytest
 
 from tests.accelerators import layer
 from tests.accelerators.layer import DTYPES, SHAPES, arguments, bytes_of
-
-pytestmark = pytest.mark.once
+from tests.marks import slow
 
 ODD = (37, 113, 768)  # 4,181 rows: no block of any size divides them
 
 
 def unit(shape, dtype):
     return bytes_of(arguments(shape, dtype)[0])
-
-
-def unless(quick, *values):
-    return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -27,15 +22,15 @@ def test_forward_h100(h100, shape, dtype, epsilon, scaled):
     assert program.bytes <= 2.05 * unit(shape, dtype)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, unless(False, ODD)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, slow(ODD)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("epsilon", "scaled"), [(1e-6, True), unless(False, 0.0, True), unless(False, 1e-6, False)])
+@pytest.mark.parametrize(("epsilon", "scaled"), [(1e-6, True), slow(0.0, True), slow(1e-6, False)])
 def test_forward_v5e(v5e, shape, dtype, epsilon, scaled):
     assert layer.forward(v5e, "rmsjax", shape, dtype, epsilon, scaled=scaled).bytes <= 3.05 * unit(shape, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [*DTYPES[:2], unless(False, "float16")])
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], slow("float16")])
 def test_backward_h100(h100, shape, dtype):
     passes = layer.passes(h100, "rmsjax", shape, dtype)
     assert passes.forward_for_grad.bytes <= 2.05 * unit(shape, dtype)
@@ -51,7 +46,7 @@ def test_backward_of_an_odd_number_of_rows_h100(h100, dtype):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, ODD], ids=str)
-@pytest.mark.parametrize("dtype", [*DTYPES[:2], unless(False, "float16")])
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], slow("float16")])
 def test_backward_v5e(v5e, shape, dtype):
     assert layer.passes(v5e, "rmsjax", shape, dtype).backward.bytes <= 5.1 * unit(shape, dtype)
 

@@ -5,14 +5,9 @@ import itertools
 import pytest
 
 from tests.accelerators.trees import LIBRARIES, program, size
-
-pytestmark = pytest.mark.once
+from tests.marks import slow
 
 GPT2, MEDIUM, SMALL, LARGE = "GPT-2 small", "200 of 256x256", "500 of 64", "20 of 1024x1024"
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def pair(device, tree, what):
