@@ -14,9 +14,9 @@ import optax
 import pytest
 
 import rmsjax
-from tests import accuracy_table
-from tests.marks import QUICK_ON_CPU, quick_of
-from tests.oracle import DTYPES, LIKELY, WORST, sweep, true_clip, true_normalize, true_rms, ulps
+from tests.helpers import accuracy_table
+from tests.helpers.marks import QUICK_ON_CPU, quick_of
+from tests.helpers.oracle import DTYPES, LIKELY, WORST, sweep, true_clip, true_normalize, true_rms, ulps
 
 SIZES = [1, 2, 7, 31, 1000, 4096]
 EVERY_WAY = 2015  # of all numbers up to 4096 that for which the additions one after the other are the most

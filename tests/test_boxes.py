@@ -17,7 +17,7 @@ from flax import linen, nnx
 
 import rmsjax
 from rmsjax._boxes import is_box, unboxed
-from tests.optax_suite import ELEMENTS
+from tests.helpers.optax_suite import ELEMENTS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what newer versions of JAX and Equinox have instead

@@ -18,8 +18,8 @@ from scipy import stats
 
 import rmsjax
 from rmsjax import WidthRecord, _coord_check, _training, compare_widths, coord_check
-from tests.marks import slow
-from tests.parametrisations import (
+from tests.helpers.marks import slow
+from tests.helpers.parametrisations import (
     ResidualMLP,
     Transformer,
     adam,

@@ -11,8 +11,8 @@ from jax.test_util import check_grads
 
 import rmsjax
 from rmsjax import rms, rms_normalize, tree_rms
-from tests.marks import QUICK_ON_CPU, quick_of
-from tests.oracle import LIKELY
+from tests.helpers.marks import QUICK_ON_CPU, quick_of
+from tests.helpers.oracle import LIKELY
 
 pytestmark = pytest.mark.usefixtures("form")
 RNG = np.random.default_rng(5)

@@ -14,7 +14,7 @@ from flax import nnx
 import rmsjax
 from rmsjax import geometry
 from rmsjax.testing import assert_norm, assert_orthogonal_invariant, assert_rotation_invariant
-from tests.marks import slow
+from tests.helpers.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

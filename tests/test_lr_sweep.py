@@ -11,7 +11,7 @@ from flax import nnx
 from scipy import stats
 
 from rmsjax import SweepRecord, lr_sweep
-from tests.parametrisations import ResidualMLP, Transformer, adam, cross_entropy, digits, zen_of_python
+from tests.helpers.parametrisations import ResidualMLP, Transformer, adam, cross_entropy, digits, zen_of_python
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -11,9 +11,9 @@ import pytest
 
 import rmsjax
 from rmsjax import _reduce
-from tests.marks import slow
-from tests.oracle import in_double, true_rms
-from tests.workloads import gpt2_small, tree_of
+from tests.helpers.marks import slow
+from tests.helpers.oracle import in_double, true_rms
+from tests.helpers.workloads import gpt2_small, tree_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import rmsjax
 from rmsjax import WidthRecord, _parameters, coord_check
-from tests import zoo
 from tests.benchmarks import mistakes
+from tests.helpers import zoo
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

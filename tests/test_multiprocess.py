@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import multiprocess_worker as worker
+from tests.helpers import multiprocess_worker as worker
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import rmsjax
 from rmsjax import rms_operator_norm, rms_operator_norm_by_path
-from tests.marks import slow
+from tests.helpers.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

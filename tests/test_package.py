@@ -19,7 +19,7 @@ from matplotlib.image import imread
 import rmsjax
 from rmsjax import __main__ as main_job
 from rmsjax._text import text_table
-from tests.marks import slow
+from tests.helpers.marks import slow
 from tests.test_notebooks import assert_same_picture, assert_same_text
 
 ROOT = Path(__file__).parent.parent

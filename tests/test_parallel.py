@@ -28,9 +28,9 @@ from jax.sharding import PartitionSpec as P
 
 import rmsjax
 from rmsjax import _reduce, clip_by_rms, rms, rms_normalize, tree_rms
-from tests import multiprocess_worker as worker
-from tests.marks import slow
-from tests.oracle import LIKELY
+from tests.helpers import multiprocess_worker as worker
+from tests.helpers.marks import slow
+from tests.helpers.oracle import LIKELY
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 MESH_AXES = ("data", "model")
@@ -362,7 +362,7 @@ def test_normalizing_features_on_several_devices_sends_one_number_for_each_row()
 def test_on_512_devices_nothing_but_numbers_is_sent():
     """In a process of its own, since it needs as many devices as are asked for at its start."""
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=512", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.many_devices"]
+    command = [sys.executable, "-m", "tests.helpers.many_devices"]
     run = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     for name, found in json.loads(run.stdout).items():
         messages = [Sent(operation, always, tuple(arrays)) for operation, always, arrays in found]

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 from rmsjax import rms, rms_penalty, tree_rms
-from tests.marks import slow
+from tests.helpers.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import rmsjax
-from tests import hyperball
-from tests.optax_suite import GRADS, PARAMS, SIZES, at
+from tests.helpers import hyperball
+from tests.helpers.optax_suite import GRADS, PARAMS, SIZES, at
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -9,7 +9,7 @@ from jax.custom_batching import custom_vmap
 
 from rmsjax import testing
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
-from tests.marks import quick_of, slow
+from tests.helpers.marks import quick_of, slow
 
 X = jnp.array([[1.0, -2.0, 0.5, 3.0], [0.25, 4.0, -1.0, 2.0]])
 

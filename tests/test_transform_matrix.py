@@ -22,7 +22,7 @@ from jax.extend.random import define_prng_impl
 import rmsjax
 from rmsjax import _reduce, geometry
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
-from tests.marks import quick_of, slow
+from tests.helpers.marks import quick_of, slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

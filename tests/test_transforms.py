@@ -17,10 +17,10 @@ from sklearn.datasets import load_digits
 
 import rmsjax
 from rmsjax import _clips, _hyperball, _stable_adam, penalties, report, transforms
-from tests import optax_suite, stable_adamw
-from tests.marks import slow
-from tests.optax_suite import ELEMENTS, GRADS, PARAMS, at, scanned
-from tests.oracle import LIKELY
+from tests.helpers import optax_suite, stable_adamw
+from tests.helpers.marks import slow
+from tests.helpers.optax_suite import ELEMENTS, GRADS, PARAMS, at, scanned
+from tests.helpers.oracle import LIKELY
 
 SCOPES = optax_suite.SCOPES
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -573,7 +573,7 @@ def test_record_relative_to_the_parameters(scope):
 
 
 def test_one_broken_update_breaks_the_average():
-    """`optax.apply_if_finite` skips it: tests/optax_suite.py."""
+    """`optax.apply_if_finite` skips it: tests/helpers/optax_suite.py."""
     _, state = run(rmsjax.record_rms(ema_decay=0.5), jnp.zeros(1), *(jnp.array([g]) for g in (1.0, np.nan, 4.0)))
     assert state.rms == 4
     assert jnp.isnan(state.ema_rms)

@@ -7,7 +7,7 @@ import jax
 
 from tests.accelerators.compiled import NAMES, Program, compiled
 from tests.accelerators.markdown import table, times
-from tests.workloads import layers, scale_alone, transformer, transformer_shapes
+from tests.helpers.workloads import layers, scale_alone, transformer, transformer_shapes
 
 PARAMS, X = transformer_shapes()
 UNIT = X.size * X.dtype.itemsize

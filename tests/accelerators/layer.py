@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import rmsjax
 from tests.accelerators.compiled import NAMES, Program, compiled
 from tests.accelerators.markdown import cost, table, times
-from tests.workloads import layers, naive_rms
+from tests.helpers.workloads import layers, naive_rms
 
 SHAPES = [(8, 512, 768), (4, 1024, 4096), (65536, 128), (4, 2048, 16, 128)]
 DTYPES = ["float32", "bfloat16", "float16"]

@@ -6,7 +6,7 @@ import pytest
 
 from tests.accelerators.compiled import compiled
 from tests.benchmarks.gpu import copied, looped
-from tests.workloads import TREES, clips, norms, optimizers, step, tree_of
+from tests.helpers.workloads import TREES, clips, norms, optimizers, step, tree_of
 
 TREE = tree_of(TREES["20 of 1024x1024"])
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.accelerators import layer
 from tests.accelerators.layer import DTYPES, SHAPES, arguments, bytes_of
-from tests.marks import slow
+from tests.helpers.marks import slow
 
 ODD = (37, 113, 768)  # 4,181 rows: no block of any size divides them
 

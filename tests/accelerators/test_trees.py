@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from tests.accelerators.trees import LIBRARIES, program, size
-from tests.marks import slow
+from tests.helpers.marks import slow
 
 GPT2, MEDIUM, SMALL, LARGE = "GPT-2 small", "200 of 256x256", "500 of 64", "20 of 1024x1024"
 

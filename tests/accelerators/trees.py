@@ -7,7 +7,7 @@ import jax
 
 from tests.accelerators.compiled import NAMES, compiled
 from tests.accelerators.markdown import cost, table
-from tests.workloads import TREES, clips, norms, optimizers, step, tree_of
+from tests.helpers.workloads import TREES, clips, norms, optimizers, step, tree_of
 
 LIBRARIES = {"norm": norms(), **clips(), **optimizers()}
 

@@ -22,7 +22,7 @@ from jax import lax
 import rmsjax
 from tests.benchmarks import torch_peer
 from tests.benchmarks.timing import interleaved, versions
-from tests.workloads import (
+from tests.helpers.workloads import (
     TREES,
     clips,
     layers,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from tests.benchmarks import torch_peer
 from tests.benchmarks.timing import interleaved, memory_for, recycled, row, temporary
-from tests.workloads import layers
+from tests.helpers.workloads import layers
 
 SHAPES = [(8, 512, 768), (4, 1024, 4096), (65536, 128)]
 

@@ -1,4 +1,4 @@
-"""How good a judge `coord_check` is: mistakes found, false alarms, causes named, seconds. Of the zoo in tests/zoo.py.
+"""How good a judge `coord_check` is: mistakes found, false alarms, causes named, seconds. Of the zoo in tests/helpers/zoo.py.
 
 Each configuration is checked by itself, with several sets of seeds, in one of several processes. A mistake is found if
 the verdict is another than "level", and named if the first cause is one of those that were planted.
@@ -29,7 +29,7 @@ class Score(NamedTuple):
 
 
 def configs():
-    from tests import zoo
+    from tests.helpers import zoo
 
     return [*zoo.MISTAKES, *zoo.RIGHT]
 

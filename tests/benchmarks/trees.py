@@ -11,7 +11,7 @@ import optax
 import rmsjax
 from tests.benchmarks import torch_peer
 from tests.benchmarks.timing import compile_time, interleaved, row
-from tests.workloads import gpt2_small
+from tests.helpers.workloads import gpt2_small
 
 
 def leaves_of(shapes):

@@ -22,7 +22,7 @@ import optax
 from flax import nnx
 
 import rmsjax
-from tests.parametrisations import BASE, BYTES, HEADS, zen_of_python
+from tests.helpers.parametrisations import BASE, BYTES, HEADS, zen_of_python
 
 WIDTHS = (64, 128, 256, 512)
 CLASSES = 8

@@ -1,13 +1,13 @@
 """Gradients on which to compare `hyperball` with AdamH of Marin's Levanter, and where that took the parameters.
 
-`pip install marin-levanter`, and `python -m tests.hyperball` runs it and records the fixture.
+`pip install marin-levanter`, and `python -m tests.helpers.hyperball` runs it and records the fixture.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-FIXTURE = Path(__file__).parent / "fixtures" / "adamh.npz"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "adamh.npz"
 STEPS = 200
 RECORDED = [0, 1, 2, 10, 50, 100, 150, 199]
 LEARNING_RATE, B1, B2, EPS = 0.02, 0.9, 0.95, 1e-8

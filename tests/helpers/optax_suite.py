@@ -16,7 +16,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import rmsjax
-from tests.marks import slow
+from tests.helpers.marks import slow
 
 
 class Element(NamedTuple):

@@ -1,6 +1,6 @@
 """A small problem on real data on which to compare with torch-optimi's StableAdamW, and what that did there.
 
-`python -m tests.stable_adamw` runs it (with the `bench` extra) and records the fixture.
+`python -m tests.helpers.stable_adamw` runs it (with the `bench` extra) and records the fixture.
 """
 
 from functools import cache
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-FIXTURE = Path(__file__).parent / "fixtures" / "stable_adamw.npz"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "stable_adamw.npz"
 STEPS, SPIKE = 200, 100
 RECORDED = [0, 1, 2, 10, 50, 99, 100, 101, 150, 199]
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.1

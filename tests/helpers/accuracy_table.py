@@ -1,4 +1,4 @@
-"""The accuracy table of notebooks/04_numerics.ipynb: `python -m tests.accuracy_table` prints it.
+"""The accuracy table of notebooks/04_numerics.ipynb: `python -m tests.helpers.accuracy_table` prints it.
 
 A case is one vector of the sweep of `oracle`. A case is lost by a function that gives 0, inf or NaN where the
 answer is a normal number of the type of its result; what it gives elsewhere is measured in ulp of that type.
@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 import rmsjax
-from tests.oracle import DTYPES, sweep, true_clip, true_normalize, true_rms, ulps
+from tests.helpers.oracle import DTYPES, sweep, true_clip, true_normalize, true_rms, ulps
 
 SIZES = [7, 4096]
 EPSILON = 1e-6
