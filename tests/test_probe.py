@@ -265,7 +265,9 @@ def test_loops_that_end_at_different_times():
         return jax.lax.fori_loop(0, n, lambda i, x: tag(x + tag(jnp.float32(1), "same"), "h"), x)
 
     x, counts = np.arange(2, dtype=np.float32), np.array([1, 3, 0])
+    three = np.arange(0, 30, 10, dtype=np.float32)  # as many as lanes
     lanes = {
+        "of one size": (jax.vmap(jax.vmap(loop, (0, None)), (None, 0)), three, last_by_lane(three, counts[:, None])),
         "loops": (jax.vmap(loop, (None, 0)), x[0], last_by_lane(x[0], counts)),
         "loops of arrays": (jax.vmap(loop, (None, 0)), x, last_by_lane(x, counts[:, None])),
         "inside": (jax.vmap(jax.vmap(loop, (None, 0)), (0, None)), x, last_by_lane(x[:, None], counts)),
