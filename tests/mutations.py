@@ -7,8 +7,8 @@ nobody needs. `NAMED` has mutations that are no such slips, each of which surviv
 
     python -m tests.mutations --files _reduce _norm --sample 100 --seed 1 --jobs 16
 
-It needs the checkout, the package's own requirements, pytest and hypothesis. Tests that fail by themselves on the
-machine, for want of another package say, are left out.
+It needs Python 3.12, the checkout, what the package requires, pytest and hypothesis. Tests that fail by themselves on
+the machine, for want of another package say, are left out.
 """
 
 import argparse
