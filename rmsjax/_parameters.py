@@ -141,15 +141,12 @@ def effects(
     units = jnp.asarray([(-1, -1), *((p.leaf, -1 if p.layer is None else p.layer) for p in chosen)])
 
     def with_one(unit: Array) -> Any:
-        leaf, layer = unit
-        return treedef.unflatten([jnp.where(_picked(k, x, leaf, layer), others[k], x) for k, x in enumerate(leaves)])
+        def chosen_in(k: int, x: Array) -> Array:
+            leaf, layer = unit
+            layers = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)) if x.ndim else layer
+            return (leaf == k) & ((layer < 0) | (layers == layer))
 
-    def _picked(k: int, x: Array, leaf: Array, layer: Array) -> Array:
-        own = leaf == k
-        if x.ndim == 0:
-            return own
-        rows = jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1))
-        return own & ((layer < 0) | (rows == layer))
+        return treedef.unflatten([jnp.where(chosen_in(k, x), others[k], x) for k, x in enumerate(leaves)])
 
     def run(first: Any, unit: Array) -> tuple[Any, Any]:
         now = activations_of(with_one(unit))
