@@ -18,7 +18,7 @@ class Record:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the record to one .npz file, at exactly this path."""
         arrays: dict[str, Any] = {
-            field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)
+            field.name: _as_array(getattr(self, field.name)) for field in dataclasses.fields(self)
         }
         with open(path, "wb") as file:
             np.savez(file, **arrays)
@@ -29,6 +29,10 @@ class Record:
         with np.load(path, allow_pickle=False) as file:
             arrays = {field.name: file[field.name] for field in dataclasses.fields(cls) if field.name in file}
         return cls(**{name: _texts(values) if values.dtype.kind == "U" else values for name, values in arrays.items()})
+
+
+def _as_array(value: Any) -> np.ndarray:
+    return np.asarray(value, dtype=np.str_ if isinstance(value, tuple) else None)  # also where there are none
 
 
 def _texts(values: np.ndarray) -> Any:

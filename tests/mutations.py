@@ -31,7 +31,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rmsjax"
 CACHE = ROOT / ".pytest_cache" / "mutations"
-MODULES = ("_reduce", "_norm", "_pools", "_tree", "transforms")
+MODULES = ("_reduce", "_norm", "_pools", "_tree", "_updates", "_clips", "_stable_adam", "_hyperball", "transforms")
 
 
 class Mutation(NamedTuple):
@@ -56,7 +56,6 @@ class Mutation(NamedTuple):
 NAMED = {
     "_coord_check": {
         "return lift(x, dtype) - lift(y, dtype)": "return x - y",
-        "optimizer = optax.with_extra_args_support(optimizer)": "pass",
     },
     "_models": {
         "x = jnp.moveaxis(x, shards, range(loops, len(axes)))": "pass",
@@ -68,7 +67,8 @@ NAMED = {
         "next((k for k in places": "next((k for k in reversed(places)",
     },
     "_tree": {'key = i if choice == "block" else choice': "key = choice"},
-    "transforms": {"newest = jnp.asarray(1 - decay, dtype)": "newest = 1 - jnp.asarray(decay, dtype)"},
+    "_training": {"return optax.with_extra_args_support(optimizer)": "return optimizer"},
+    "_updates": {"newest = jnp.asarray(1 - decay, dtype)": "newest = 1 - jnp.asarray(decay, dtype)"},
 }
 
 
@@ -124,7 +124,7 @@ def by_rule(module, source):
                 yield change(node, start, stop + re.match(r",?\s*", source[stop:]).end(), "")
         if len(node.args) > 1:
             yield change(node, span(node.args[-2])[1], span(node.args[-1])[1], "")
-        elif len(node.args) == 1 and not node.keywords and is_of_a_library(node.func):
+        elif len(node.args) == 1 and not node.keywords and is_of_a_library(node.func) and not is_starred(node.args[0]):
             yield change(node, *span(node), f"({text(node.args[0])})")
 
     def of(node):
@@ -165,6 +165,10 @@ def by_rule(module, source):
         if (key := (mutation.start, mutation.stop, mutation.text)) not in seen:
             seen.add(key)
             yield mutation
+
+
+def is_starred(node):
+    return isinstance(node, ast.Starred)
 
 
 def is_of_a_library(function):

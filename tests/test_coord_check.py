@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 import rmsjax
-from rmsjax import WidthRecord, _coord_check, _training, compare_widths, coord_check
+from rmsjax import WidthRecord, _coord_check, _models, _training, compare_widths, coord_check
 from tests.helpers.marks import slow
 from tests.helpers.parametrisations import (
     ResidualMLP,

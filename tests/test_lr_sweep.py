@@ -91,7 +91,7 @@ def test_drift_and_regret(best, drift, regret, edges, words):
     assert record.drift == drift
     assert record.regret == pytest.approx(regret)
     assert record.at_edge == edges
-    text = str(record)
+    text = " ".join(str(record).split())
     assert words in text
     assert text.count("*") == 1 + 3  # the legend, and one of each width
     assert ("try" in text) == bool(edges)

@@ -1,4 +1,4 @@
-"""How good a judge `coord_check` is: mistakes found, false alarms, causes named, seconds. Of the zoo in `helpers/zoo.py`.
+"""How good a judge `coord_check` is, of the zoo in `helpers/zoo.py`: mistakes found, false alarms, causes, seconds.
 
 Each configuration is checked by itself, with several sets of seeds, in one of several processes. A mistake is found if
 the verdict is another than "level", and named if the first cause is one of those that were planted.
