@@ -176,6 +176,7 @@ def assert_slopes_agree(record, mup, seeds, blocks):
 VERDICTS = pytest.mark.parametrize(("mup", "verdict"), [(False, "grows"), (True, "level")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [[64, 256], slow([64, 256, 1024])], ids=str)
 @VERDICTS
 def test_mlp_on_digits(mup, verdict, widths):
@@ -529,6 +530,7 @@ def check_split(kind, rows, hidden=None):
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx as flax_nnx
 
 import rmsjax
+from tests.helpers.marks import slow
 
 X = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32) * 3
 SCALE = np.array([0.5, -1.0, 2.0, 3.0], np.float32)
@@ -261,7 +262,9 @@ def layer_exactly(x):
     return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * SCALE
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64], ids=lambda d: d.__name__)
+@pytest.mark.parametrize(
+    "dtype", [slow(jnp.float16), jnp.bfloat16, jnp.float32, slow(jnp.float64)], ids=lambda d: d.__name__
+)
 @pytest.mark.parametrize(
     ("fn", "exactly"), [(clip, clip_exactly), (nnx_layer, layer_exactly), (linen_layer, layer_exactly)]
 )

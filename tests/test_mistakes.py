@@ -19,6 +19,7 @@ import rmsjax
 from rmsjax import WidthRecord, _parameters, coord_check
 from tests.benchmarks import mistakes
 from tests.helpers import zoo
+from tests.helpers.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -58,7 +59,7 @@ def quick(config):
     return config.check(widths=(64, 256), seeds=3, steps=2)
 
 
-@pytest.mark.parametrize("config", NAMED, ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [NAMED[0], *map(slow, NAMED[1:])], ids=lambda config: config.name)
 def test_the_cause_is_named(config):
     record = quick(config)
     (planted,) = {abs(power) for offsets in (config.init, config.rate) for power in offsets.values()}
@@ -69,7 +70,7 @@ def test_the_cause_is_named(config):
     assert str(finding) in " ".join(str(record).split())
 
 
-@pytest.mark.parametrize("index", [0, 5], ids=["zero readout", "random readout, multiplier after it"])
+@pytest.mark.parametrize("index", [slow(0), 5], ids=["zero readout", "random readout, multiplier after it"])
 def test_what_is_right_is_level(index):
     assert not zoo.RIGHT[index].cause
     record = quick(zoo.RIGHT[index])
@@ -165,6 +166,7 @@ def recorded():
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_norms_of_parameters_and_of_their_changes(recorded):
     _, _, (start, end) = trained(3, 8, 1)
     start, end = leaves_of(start), leaves_of(end)
@@ -262,6 +264,7 @@ def test_sizes_of_parameters_of_all_types(dtype, scale, strict):
     assert found == pytest.approx(float(rmsjax.rms_operator_norm(kernel)), rel=0.02)
 
 
+@pytest.mark.slow
 def test_weight_decay_is_no_first_move():
     """With a readout of zeros it moves the other kernels a step before their gradients do."""
 

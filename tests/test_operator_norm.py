@@ -186,6 +186,7 @@ AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 AXES = {"kernel": (-2, -1), "stack": (-2, -1), "out_of_heads": ((0, 1), 2), "into_heads": (0, (1, 2))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, slow(True)])
 @pytest.mark.parametrize("kinds", [(EXPLICIT, EXPLICIT), slow((AUTO, EXPLICIT))], ids=str)
 def test_kernels_on_several_devices(kinds, exact):

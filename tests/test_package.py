@@ -234,6 +234,7 @@ def test_ctrl_c_ends_in_one_line_at_once(seconds, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_is_no_error(tmp_path):
     command = f"{sys.executable} -m rmsjax --widths 8 16 --steps 2 --out {tmp_path} | head -n 1"
     shell = ["bash", "-o", "pipefail", "-c", command]

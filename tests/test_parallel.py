@@ -172,7 +172,7 @@ def on_one_device(is_hot):
     [
         slow(AUTO, "data"),
         slow(AUTO, "model"),
-        (AUTO, "both"),
+        slow(AUTO, "both"),
         (EXPLICIT, "both"),
     ],
 )
@@ -275,7 +275,7 @@ def test_the_search_for_communication_finds_it():
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
 @pytest.mark.parametrize("scope", ["global", "block", 1])
 @pytest.mark.parametrize("measure", [tree_rms, clip])
-@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("on_cpu", [True, slow(False)])
 def test_nothing_but_sums_is_sent(kind, scope, measure, on_cpu, monkeypatch):
     if not on_cpu:
         monkeypatch.setattr(_reduce.lax, "platform_dependent", lambda *args, default, **platforms: default(*args))

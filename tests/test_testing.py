@@ -21,6 +21,7 @@ MODES = {"strict_dtype_promotion", "rank_promotion_raise", "debug_nans", "checki
 # --------------------------------------------------------------------------------------------------- what is right
 
 
+@pytest.mark.slow
 def test_a_right_function_passes_under_everything():
     def f(tree, n, flag):
         z = tree["z"] * lax.complex(tree["a"], jnp.zeros_like(tree["a"]))

@@ -214,6 +214,7 @@ def test_linen_flags_and_keys():
     np.testing.assert_allclose(still.rms[..., dropout], still.rms[..., inner], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_linen_mutable_collections():
     """With `mutable` the loss has what `apply` returns; here it gives a part of that back as its aux."""
 
@@ -239,6 +240,7 @@ def test_linen_methods(run, method):
 # ----------------------------------------------------------------------------------------------------- several devices
 
 
+@pytest.mark.slow
 @runs
 def test_a_sharded_batch(run):
     """Its mesh, though the axes are explicit, need not be set."""
@@ -413,6 +415,7 @@ class Block(nnx.Module):
         return x + self.scale * self.up(jnp.tanh(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("power", "verdict", "scanned"), [(0, "grows", False), (1, "level", True)])
 def test_depth(power, verdict, scanned):
     """Without a factor the stream and its change grow; with 1/depth both are level, at one learning rate of Adam."""

@@ -201,8 +201,11 @@ NOT_OF_ARRAYS = {
 QUICK = ("rms", "rms_normalize beyond", "clip_by_rms", "nnx.RMSNorm")
 
 
-# Those of geometry would take most of the time, and have tests of their own.
-OTHERS = [slow(name) if name.startswith("geometry") else name for name in ROWS if name not in QUICK]
+# Those of geometry would take most of the time, and have tests of their own; so have variants of one function.
+VARIANTS = (" bfloat16", " beyond", " where", " callable", " layers")
+OTHERS = [
+    slow(name) if name.startswith("geometry") or name.endswith(VARIANTS) else name for name in ROWS if name not in QUICK
+]
 
 
 @pytest.mark.parametrize("name", OTHERS)

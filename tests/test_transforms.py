@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 import rmsjax
 from rmsjax import _clips, _hyperball, _stable_adam, penalties, report, transforms
 from tests.helpers import optax_suite, stable_adamw
-from tests.helpers.marks import slow
+from tests.helpers.marks import quick_of, slow
 from tests.helpers.optax_suite import ELEMENTS, GRADS, PARAMS, at, scanned
 from tests.helpers.oracle import LIKELY
 
@@ -403,7 +403,7 @@ def test_scans_of_replicas_under_shard_map(name, axis_name):
         jax.eval_shape(train, params)
 
 
-@pytest.mark.parametrize("name", ELEMENTS)
+@pytest.mark.parametrize("name", quick_of(ELEMENTS, "clip_by_rms", "scale_by_stable_adam"))
 def test_scans_on_a_mesh_with_explicit_sharding(name):
     mesh = mesh_of(jax.sharding.AxisType.Explicit, x=4, y=2)
     with in_mesh(mesh):
