@@ -70,6 +70,7 @@ def test_rms_of_all_sizes(dtype, x64):
         assert_within(bound[:, None], got, want, dtype, "columns")
 
 
+@QUICK_ON_CPU
 @ALL_DTYPES
 def test_rms_in_every_way(dtype, x64):
     rows, bounds = sweep(dtype, EVERY_WAY)

@@ -422,6 +422,7 @@ class Pair(nnx.Module):
         return {"double": 2 * x, "largest": jnp.argmax(x, -1), "half": x.astype(jnp.float16)}
 
 
+@pytest.mark.slow
 def test_layers_of_all_kinds():
     calls = []
 

@@ -190,6 +190,7 @@ def test_norms_of_parameters_and_of_their_changes(recorded):
     assert np.all(recorded.parameter_changes[:, :, 0] == 0)
 
 
+@pytest.mark.slow
 def test_effects_are_those_of_one_parameter(recorded):
     graphdef, tokens, (start, end) = trained(3, 8, 1)
     flat, treedef = jax.tree.flatten(start)

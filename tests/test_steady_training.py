@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import rmsjax
 from tests.helpers import hyperball
+from tests.helpers.marks import slow
 from tests.helpers.optax_suite import GRADS, PARAMS, SIZES, at
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -137,8 +138,8 @@ def test_global_history_is_that_of_the_leaves_in_one():
         assert state.num_clipped == of_one.num_clipped["all"]
 
 
-@pytest.mark.parametrize("scope", ["global", "block", -1])
-@pytest.mark.parametrize("spike", [1e4, 1e30, -jnp.inf, jnp.nan])
+@pytest.mark.parametrize("scope", ["global", "block", slow(-1)])
+@pytest.mark.parametrize("spike", [slow(1e4), 1e30, -jnp.inf, jnp.nan])
 def test_a_spike_enters_no_history(spike, scope):
     """One in the warm-up, and one after it, which is then as an update at the bound, or, not finite, as none."""
     usual = {"w": jnp.ones((2, 4)), "b": jnp.ones(4)}
@@ -370,6 +371,7 @@ def test_parameters_and_updates_of_any_size(size):
     assert ulps_off(params + updates, params, (0, 1)) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [rmsjax.clip_by_relative_rms, partial(rmsjax.hyperball, optax.scale(-1.0))])
 def test_parameters_of_several_dtypes_beside_updates_of_one(make, x64):
     """Leaves of one type are measured together, and those of params need not be alike where those of updates are."""

@@ -410,6 +410,7 @@ def test_other_result_when_traced():
         assert_transform_invariant(dtype, X, transforms=["eval_shape"])
 
 
+@pytest.mark.slow
 def test_what_each_mode_shows():
     leaked = []
 

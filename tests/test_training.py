@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from rmsjax import compare_widths, coord_check, lr_sweep
 from rmsjax._training import at_same_share
+from tests.helpers.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -52,9 +53,10 @@ def norms(make_model, batch, **kwargs):
     return compare_widths({8: model(8), 16: model(16)}, *args, **kwargs)
 
 
-RUNS = {"coord_check": coordinates, "compare_widths": norms, "lr_sweep": rates}
-runs = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
-trains = pytest.mark.parametrize("run", [coordinates, rates], ids=["coord_check", "lr_sweep"])
+runs = pytest.mark.parametrize(
+    "run", [coordinates, slow(norms), slow(rates)], ids=["coord_check", "compare_widths", "lr_sweep"]
+)
+trains = pytest.mark.parametrize("run", [coordinates, slow(rates)], ids=["coord_check", "lr_sweep"])
 
 
 def values(record):
