@@ -65,7 +65,7 @@ NAMED = {
     "_tags": {
         ', policy=eqn.params["policy"])': ")",
         ', unroll=params["unroll"]': "",
-        "next((k for k in places": "next((k for k in reversed(places)",
+        "choices = known": "pass",
     },
     "_tree": {'key = i if choice == "block" else choice': "key = choice"},
     "transforms": {"newest = jnp.asarray(1 - decay, dtype)": "newest = 1 - jnp.asarray(decay, dtype)"},
