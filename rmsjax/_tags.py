@@ -460,11 +460,16 @@ def _follow_through(eqn: Any, axes: list[int | None]) -> list[int | None]:
     """
     unknown: list[int | None] = [None] * len(eqn.outvars)
     known = {axis for axis in axes if axis is not None}
-    inside = _inside(eqn)
+    if eqn.primitive.name == "while":
+        start = eqn.params["cond_nconsts"]
+        return _follow_into(eqn.params["body_jaxpr"], eqn.invars[start:], eqn.outvars, axes[start:])
+    inside = eqn.params["jaxpr"] if eqn.primitive.name == "scan" else _inside(eqn)
     if inside is not None:
-        return _follow(inside, axes)
+        return _follow_into(inside, eqn.invars, eqn.outvars, axes)
     if not known or any(_jaxprs_of(eqn)):
         return unknown
+    if eqn.primitive.name == "broadcast_in_dim":  # its parameters have the sizes, and say what becomes of each axis
+        return [eqn.params["broadcast_dimensions"][axes[0]]]
     avals = [atom.aval for atom in eqn.invars]
     size = next(aval.shape[axis] for aval, axis in zip(avals, axes, strict=True) if axis is not None)
     other_size = 1 + max(n for atom in (*eqn.invars, *eqn.outvars) for n in (*atom.aval.shape, 0))
@@ -483,6 +488,18 @@ def _follow_through(eqn: Any, axes: list[int | None]) -> list[int | None]:
             shapes = [out.shape for out in jax.eval_shape(partial(_bind, eqn), *changed)]
             return [shape.index(other_size) if shape.count(other_size) == 1 else None for shape in shapes]
     return unknown
+
+
+def _follow_into(jaxpr: Any, invars: Any, outvars: Any, axes: list[int | None]) -> list[int | None]:
+    """As `_follow`, of an equation with the jaxpr inside: what a scan slices or stacks has an axis more outside."""
+    body, _ = _open(jaxpr)
+
+    def shifted(axes: list[int | None], outside: Any, inside: Any, sign: int) -> list[int | None]:
+        more = [whole.aval.ndim - one.aval.ndim for whole, one in zip(outside, inside, strict=True)]
+        moved = [None if axis is None else axis + sign * n for axis, n in zip(axes, more, strict=True)]
+        return [None if axis == -1 else axis for axis in moved]
+
+    return shifted(_follow(jaxpr, shifted(axes, invars, body.invars, -1)), outvars, body.outvars, 1)
 
 
 def _where(mask: Array, place: Sequence[int] | None, new: Array, old: Array) -> Array:

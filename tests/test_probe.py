@@ -289,7 +289,12 @@ LANES = {
     "elementwise": lambda x, w: tag(x + w, "h"),
     "a function": lambda x, w: tag(jnp.where(x > 1, jax.nn.silu(x), x + w), "h"),
     "a product": lambda x, w: tag(jnp.array([[1.0, 2.0], [0.5, 0.0]]) @ x + w, "h"),
+    "loops": lambda x, w: jax.lax.fori_loop(0, jnp.int32(w), lambda _, x: tag(x + w, "h"), a_scan(x, w)),
 }
+
+
+def a_scan(x, w):
+    return jnp.sum(jax.lax.scan(lambda x, y: (x + w, x + y), x, jnp.stack([x, x]))[1], 0)
 
 
 def by_itself(fn, mapped):
