@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.extend import core
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 
 class Mark(NamedTuple):
@@ -379,6 +379,7 @@ def _while(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
     lanes = cond.outvars[0].aval.shape
     fn, entries = (collector._replace(reduce=lambda x: x) if lanes else collector).staged(params["body_jaxpr"])
     _, shapes = jax.eval_shape(fn, *consts, *carry)
+    places = _places_of_lanes(jax.make_jaxpr(fn)(*consts, *carry), num_body, entries, lanes) if lanes else []
 
     def runs(state: Any) -> Array:
         return jax.core.eval_jaxpr(cond, cond_consts, *of_cond, *state[0])[0]
@@ -387,10 +388,9 @@ def _while(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
         outs, values = fn(*consts, *state[0])
         if not lanes:
             return outs, values
-        places = [_place_of_lanes(entry, value.shape, lanes) for entry, value in zip(entries, values, strict=True)]
         going, (carry, before) = runs(state), state
         return (
-            [_where(going, 0, new, old) for new, old in zip(outs, carry, strict=True)],
+            [_where(going, range(len(lanes)), new, old) for new, old in zip(outs, carry, strict=True)],
             [_where(going, *choice) for choice in zip(places, values, before, strict=True)],
         )
 
@@ -400,21 +400,113 @@ def _while(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
     return outs, _with_values(entries, values)
 
 
-def _place_of_lanes(entry: Entry, shape: tuple[int, ...], lanes: tuple[int, ...]) -> int | None:
-    """Where a value has the axes of the condition: they come from the outermost vmaps, since a body has its own inside.
+def _places_of_lanes(
+    jaxpr: Any, num_consts: int, entries: list[Entry], lanes: tuple[int, ...]
+) -> list[tuple[int, ...] | None]:
+    """Where each value that a body of a loop gives after its results has the axes of the condition; None: nowhere.
 
-    None if it has not: it is the same in all lanes.
+    What a loop carries begins with these axes, and a value that depends on it has them among those of its vmaps, in the
+    same order. If sizes leave a choice, each is followed through the body. What depends on constants alone is the same
+    in all iterations, whatever axes it has.
     """
-    first, count = len(entry.axes), len(entry.mark.batch_axes)
-    places = range(first, first + count - len(lanes) + 1)
-    return next((k for k in places if shape[k : k + len(lanes)] == lanes), None)
+    body, _ = _open(jaxpr)
+    num_outs, num_carry = len(body.outvars) - len(entries), len(body.invars) - num_consts
+    pure = body.replace(eqns=[eqn for eqn in body.eqns if eqn.outvars])  # a print is kept, with all that it needs
+
+    def place(k: int, entry: Entry) -> tuple[int, ...] | None:
+        _, used = partial_eval.dce_jaxpr(pure, [j == k for j in range(len(body.outvars))])
+        if not any(used[num_consts:]):
+            return None
+        shape, first = body.outvars[k].aval.shape, len(entry.axes)
+        choices = [
+            axes
+            for axes in itertools.combinations(range(first, first + len(entry.mark.batch_axes)), len(lanes))
+            if tuple(shape[axis] for axis in axes) == lanes
+        ]
+        if len(choices) > 1:
+            starts = [[None] * num_consts + [lane] * num_carry for lane in range(len(lanes))]
+            followed = tuple(_follow(body, start)[k] for start in starts)
+            known = [axes for axes in choices if axes == followed]
+            if not known:
+                raise ValueError(
+                    f"collect: the lanes of a while_loop under vmap end at different times, and in the array of shape "
+                    f"{shape} tagged {entry.mark.name!r} they may be any of the axes {choices}, which are of one size; "
+                    f"give the vmaps different sizes, or write vmap(collect(fn)) for collect(vmap(fn))"
+                )
+            choices = known
+        return choices[0] if choices else None
+
+    return [place(num_outs + k, entry) for k, entry in enumerate(entries)]
 
 
-def _where(mask: Array, place: int | None, new: Array, old: Array) -> Array:
-    """new where the mask is true, whose axes are those of the arrays from `place` on."""
+def _follow(jaxpr: Any, axes: Sequence[int | None]) -> list[int | None]:
+    """Where the results of a jaxpr have the axis that its arguments have where `axes` says; None: that is not known."""
+    body, _ = _open(jaxpr)
+    env: dict[Any, int | None] = dict(zip(body.invars, axes, strict=True))
+
+    def read(atoms: Iterable[Any]) -> list[int | None]:
+        return [None if isinstance(atom, core.Literal) else env.get(atom) for atom in atoms]
+
+    for eqn in body.eqns:
+        env.update(zip(eqn.outvars, _follow_through(eqn, read(eqn.invars)), strict=True))
+    return read(body.outvars)
+
+
+def _follow_through(eqn: Any, axes: list[int | None]) -> list[int | None]:
+    """The axis is given another size, and is where the results then have that size.
+
+    An argument that is not known to have the axis is left as it is, or else has it at the same place: the equation
+    takes one or the other, or neither, and then nothing is known of its results.
+    """
+    unknown: list[int | None] = [None] * len(eqn.outvars)
+    known = {axis for axis in axes if axis is not None}
+    if eqn.primitive.name == "while":
+        start = eqn.params["cond_nconsts"]
+        return _follow_into(eqn.params["body_jaxpr"], eqn.invars[start:], eqn.outvars, axes[start:])
+    inside = eqn.params["jaxpr"] if eqn.primitive.name == "scan" else _inside(eqn)
+    if inside is not None:
+        return _follow_into(inside, eqn.invars, eqn.outvars, axes)
+    if not known or any(_jaxprs_of(eqn)):
+        return unknown
+    if eqn.primitive.name == "broadcast_in_dim":  # its parameters have the sizes, and say what becomes of each axis
+        return [eqn.params["broadcast_dimensions"][axes[0]]]
+    avals = [atom.aval for atom in eqn.invars]
+    size = next(aval.shape[axis] for aval, axis in zip(avals, axes, strict=True) if axis is not None)
+    other_size = 1 + max(n for atom in (*eqn.invars, *eqn.outvars) for n in (*atom.aval.shape, 0))
+    guesses = [axes]
+    if len(known) == 1:
+        (axis,) = known
+        guesses.append([axis if aval.shape[axis : axis + 1] == (size,) else None for aval in avals])
+
+    for guess in guesses:
+        changed = [
+            jax.ShapeDtypeStruct([other_size if k == axis else n for k, n in enumerate(aval.shape)], aval.dtype)
+            for aval, axis in zip(avals, guess, strict=True)
+        ]
+        # Which error an equation has for shapes that do not fit its parameters is its own affair.
+        with contextlib.suppress(Exception):
+            shapes = [out.shape for out in jax.eval_shape(partial(_bind, eqn), *changed)]
+            return [shape.index(other_size) if shape.count(other_size) == 1 else None for shape in shapes]
+    return unknown
+
+
+def _follow_into(jaxpr: Any, invars: Any, outvars: Any, axes: list[int | None]) -> list[int | None]:
+    """As `_follow`, of an equation with the jaxpr inside: what a scan slices or stacks has an axis more outside."""
+    body, _ = _open(jaxpr)
+
+    def shifted(axes: list[int | None], outside: Any, inside: Any, sign: int) -> list[int | None]:
+        more = [whole.aval.ndim - one.aval.ndim for whole, one in zip(outside, inside, strict=True)]
+        moved = [None if axis is None else axis + sign * n for axis, n in zip(axes, more, strict=True)]
+        return [None if axis == -1 else axis for axis in moved]
+
+    return shifted(_follow(jaxpr, shifted(axes, invars, body.invars, -1)), outvars, body.outvars, 1)
+
+
+def _where(mask: Array, place: Sequence[int] | None, new: Array, old: Array) -> Array:
+    """new where the mask is true, whose axes are those of the arrays at `place`."""
     if place is None:
         return new
-    return jnp.where(lax.broadcast_in_dim(mask, new.shape, range(place, place + mask.ndim)), new, old)
+    return jnp.where(lax.broadcast_in_dim(mask, new.shape, place), new, old)
 
 
 def _over_axes(fn: Callable[[Array], Any], count: int) -> Callable[[Array], Any]:
@@ -499,16 +591,28 @@ def _call(collector: _Collector, eqn: Any, args: list[Any]) -> Found:
     XLA shares what the two compute. An inside that does not take these arguments and give these results does not run
     once as it stands (a linear solve, a kernel), and has no values to collect.
     """
+    outs, inside = _bind(eqn, *args), _inside(eqn)
+    if inside is None:
+        _warn(eqn.primitive.name)
+        return outs, []
+    return outs, collector.evaluate(inside, args)[1]
+
+
+def _bind(eqn: Any, *args: Any) -> Any:
     bound = eqn.primitive.get_bind_params(eqn.params)
     subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # a dict in later versions
     outs = eqn.primitive.bind(*subfuns, *args, **params)
-    outs = outs if eqn.primitive.multiple_results else [outs]
+    return outs if eqn.primitive.multiple_results else [outs]
+
+
+def _inside(eqn: Any) -> Any:
+    """The one jaxpr in an equation, if it takes the same arguments and gives the same results; None otherwise."""
     jaxprs = list(_jaxprs_of(eqn))
+    if len(jaxprs) != 1:
+        return None
     body, _ = _open(jaxprs[0])
-    if len(jaxprs) > 1 or _types(body.invars) != _types(eqn.invars) or _types(body.outvars) != _types(eqn.outvars):
-        _warn(eqn.primitive.name)
-        return outs, []
-    return outs, collector.evaluate(jaxprs[0], args)[1]
+    same = _types(body.invars) == _types(eqn.invars) and _types(body.outvars) == _types(eqn.outvars)
+    return jaxprs[0] if same else None
 
 
 def _expand(collector: _Collector, eqn: Any, args: list[Any]) -> Found:

@@ -85,10 +85,11 @@ def collect(
     - inside `vmap`, the mapped axis, if the value depends on it;
     - inside `shard_map`, one over the devices of the mesh.
 
-    Of a `while_loop` the value of the last iteration is kept; under vmap, of the last one of each lane. What was not
-    reached, in a loop that did not run or in the other branch of a `cond`, is NaN (0 for integers). Branches of a
-    `cond` share a name, unless a vmap over its predicate has made it a selection: then both run, and the second is
-    "name#2". What the backward pass of a `jax.checkpoint` computes again does not count again.
+    Of a `while_loop` the value of the last iteration is kept; under vmap, of the last one of each lane, or of any where
+    it is the same in all iterations. What was not reached, in a loop that did not run or in the other branch of a
+    `cond`, is NaN (0 for integers). Branches of a `cond` share a name, unless a vmap over its predicate has made it a
+    selection: then both run, and the second is "name#2". What the backward pass of a `jax.checkpoint` computes again
+    does not count again.
 
     What is tagged where it cannot be collected (inside a kernel, a linear solve, the condition of a `while_loop`) is
     said by a warning; so is each call of a function from `jax.export`, which does not show whether it had tags.

@@ -64,7 +64,7 @@ NAMED = {
     "_tags": {
         ', policy=eqn.params["policy"])': ")",
         ', unroll=params["unroll"]': "",
-        "next((k for k in places": "next((k for k in reversed(places)",
+        "choices = known": "pass",
     },
     "_tree": {'key = i if choice == "block" else choice': "key = choice"},
     "_training": {"return optax.with_extra_args_support(optimizer)": "return optimizer"},

@@ -285,6 +285,80 @@ def test_loops_that_end_at_different_times():
     assert float(values["h"]) == pytest.approx(np.sqrt(np.mean(last_by_lane(x[:, None], every) ** 2)))
 
 
+LANES = {
+    "elementwise": lambda x, w: tag(x + w, "h"),
+    "a function": lambda x, w: tag(jnp.where(x > 1, jax.nn.silu(x), x + w), "h"),
+    "a product": lambda x, w: tag(jnp.array([[1.0, 2.0], [0.5, 0.0]]) @ x + w, "h"),
+    "loops": lambda x, w: jax.lax.fori_loop(0, jnp.int32(w), lambda _, x: tag(x + w, "h"), a_scan(x, w)),
+}
+
+
+def a_scan(x, w):
+    return jnp.sum(jax.lax.scan(lambda x, y: (x + w, x + y), x, jnp.stack([x, x]))[1], 0)
+
+
+def by_itself(fn, mapped):
+    """fn under one vmap for each of its arguments, the outermost last, and the same of the values of each call."""
+    whole, alone = fn, collect(fn)
+    for k in mapped:
+        axes = tuple(0 if j == k else None for j in range(len(mapped)))
+        whole, alone = jax.vmap(whole, axes), jax.vmap(alone, axes)
+    return whole, alone
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("body", LANES)
+def test_lanes_among_other_axes(body, sizes):
+    """However vmaps are nested, and of one size or not: what a call inside vmap collects is what is collected of all.
+
+    The lanes are those of the counts alone, or those of the weights as well, with other axes before, within and after.
+    """
+    xs = jnp.linspace(0.5, 2.0, 2 * sizes[0]).reshape(-1, 2)
+    counts = jnp.array([0, 3, 1])[: sizes[1]]
+    weights = jnp.array([0.3, 1.2, 2.7, 0.8])[: sizes[2]]
+    for both, mapped in itertools.product([0, 1], [(0, 1, 2), (1, 0, 2), (1, 2, 0), (2, 0, 1)]):
+
+        def loop(x, count, weight, both=both):
+            last = count + both * jnp.int32(weight)
+            return jax.lax.while_loop(lambda s: s[1] < last, lambda s: (LANES[body](s[0], weight), s[1] + 1), (x, 0))
+
+        whole, alone = by_itself(loop, mapped)
+        got, want = jax.jit(lambda *args, fns=(whole, alone): (collect(fns[0])(*args)[1], fns[1](*args)[1]))(
+            xs, counts, weights
+        )
+        np.testing.assert_allclose(got["h"], want["h"], rtol=1e-5, err_msg=f"{mapped} {both}")
+
+
+@pytest.mark.parametrize("mapped", [(1, 0), (0, 1)], ids=str)
+def test_lanes_that_cannot_be_told_from_other_axes(mapped):
+    """A reshape names its sizes. Where two are one, it is said that the lanes are not known; never are others taken."""
+
+    def loop(x, count):
+        return jax.lax.fori_loop(0, count, lambda _, x: tag(1 + x.reshape(1, 2), "h").reshape(2), x)
+
+    whole, alone = by_itself(loop, mapped)
+    xs, counts = jnp.arange(6.0).reshape(3, 2), jnp.array([0, 3, 1])
+    np.testing.assert_array_equal(collect(whole)(xs[:2], counts)[1]["h"], alone(xs[:2], counts)[1]["h"])
+    with pytest.raises(ValueError, match=r"tagged 'h' they may be any of the axes \[\(0,\), \(1,\)\]"):
+        jax.eval_shape(collect(whole), xs, counts)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_constants_of_a_loop_are_in_no_lane(size):
+    """They are the same in each iteration, with all their axes, as many as lanes or not."""
+
+    def loop(x, count):
+        def iteration(_, y):
+            jax.debug.callback(lambda y: None, y)  # looks at what the loop carries, and has no result
+            return y + tag(2 * x, "constant")
+
+        return jax.lax.fori_loop(0, count, iteration, x)
+
+    x, counts = jnp.arange(float(size)), jnp.array([0, 3, 1])
+    _, values = collect(jax.vmap(jax.vmap(loop, (None, 0)), (0, None)))(x, counts)
+    np.testing.assert_array_equal(values["constant"], 2 * x)
+
+
 def test_loops_in_loops_that_end_at_different_times():
     """A scan inside: one value for each of its steps, of the last iteration of each lane, reduced or not."""
 
