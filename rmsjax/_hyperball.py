@@ -148,10 +148,14 @@ def _held(
             mapped = as_mapped(_NAME, axis_name)
         except ValueError:  # init may run outside of the shard_map or pmap around update, where params are whole
             mapped = UNMAPPED
-        norms = measure(grouping, mapped)
-        norms = jax.tree.map(lambda r, e: r + r * (e / 2), norms, excess(grouping, norms, mapped))
+        wide = grouping._replace(leaves=list(map(lifted, grouping.leaves)))
+        norms = measure(wide, mapped)
+        units = jax.tree.map(_unit, norms)
+        scaled = wide._replace(leaves=wide.each(times, units))
+        above = excess(scaled, jax.tree.map(lax.mul, norms, units), mapped)
+        norms = jax.tree.map(lambda r, e: r + r * (e / 2), norms, above)
         # Copies, as no two fields of a state may share an array.
-        return HyperballState(zeros(types), jax.tree.map(jnp.array, as_held(grouping.tree(norms))), no_updates())
+        return HyperballState(zeros(types), jax.tree.map(jnp.array, as_held(wide.tree(norms))), no_updates())
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, HyperballState]:
         grouping, mapped = group(_NAME, updates, scope, kind=jnp.inexact), as_mapped(_NAME, axis_name)
@@ -163,21 +167,33 @@ def _held(
         def length(r: Array, target: Array) -> Array:
             return jnp.where(target == 0, r, target * jnp.maximum(jnp.asarray(rate, target.dtype), 0))
 
-        lengths = jax.tree.map(length, norms, grouping.laid_out(state.param_rms, norms))
+        wide = grouping._replace(leaves=list(map(lifted, old)))
+        sphere = wide.laid_out(state.param_rms, counts(wide, mapped))
+        units = jax.tree.map(_unit, sphere)
+        sphere = jax.tree.map(lax.mul, sphere, units)
         directions = grouping._replace(leaves=list(map(lifted, grouping.leaves)))
+        lengths = jax.tree.map(length, norms, grouping.laid_out(sphere, norms))
         steps = jax.tree.leaves(rescale(directions, norms, lengths))
-        moved = grouping._replace(leaves=list(map(_moved, old, steps)))
-        sphere = moved.laid_out(state.param_rms, counts(moved, mapped))
+        moved = grouping._replace(leaves=list(map(_moved, wide.each(times, units), steps)))
+        sphere = moved.laid_out(sphere, counts(moved, mapped))
         shares = jax.tree.map(_share_to_sphere, excess(moved, sphere, mapped))
-        new = moved.each(lambda v, share: v + times(v, share), shares)
+        inverses = jax.tree.map(lambda unit: 1 / unit, units)
+        new = moved.each(lambda v, share, inverse: times(v + times(v, share), inverse), shares, inverses)
         changes = [_change(q, p, u.dtype) for q, p, u in zip(new, old, grouping.leaves, strict=True)]
         return grouping.treedef.unflatten(changes), HyperballState(rms, state.param_rms, next_update(state.num_updates))
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def _unit(norm: Array) -> Array:
+    """What to multiply numbers of this size by: a power of two, so that no sum overflows, nor small step underflows."""
+    info = jnp.finfo(norm.dtype)
+    far, eps = float(info.max) ** 0.5, float(info.eps)
+    return jnp.where(norm > far, eps, jnp.where((norm > 0) & (norm < 1 / far), 1 / eps, 1)).astype(norm.dtype)
+
+
 def _moved(old: Array, step: Array) -> Array:
-    return lax.add(lifted(old), step.astype(lifted(old).dtype))
+    return lax.add(old, step.astype(old.dtype))
 
 
 def _share_to_sphere(above: Array) -> Array:

@@ -363,11 +363,24 @@ def test_no_step_where_there_is_no_direction_or_no_size():
     assert jnp.isfinite(updates).all()
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_parameters_and_updates_of_any_size(size):
-    params = jnp.asarray(size * np.random.default_rng(5).normal(size=(3, 4)), jnp.float32)
-    ((updates, _),) = stepped(rmsjax.hyperball(optax.sgd(1.0), 0.1), params[::-1] / size**1.2 * size, params=params)
-    assert ulps_off(params + updates, params, (0, 1)) <= 2
+@pytest.mark.parametrize("form", ["cpu", "cuda", "tpu"], indirect=True)
+def test_parameters_and_updates_of_any_size(form):
+    """Up to where twice a parameter overflows, or the step is a subnormal number."""
+    signs = np.where(np.random.default_rng(5).normal(size=(3, 4)) > 0, 1, -1)
+    of_one = {"alike": np.ones((3, 4)), "signed": signs * np.linspace(0.7, 1, 12).reshape(3, 4)}
+    grads = {name: jnp.asarray(-0.3 * np.roll(w, 1, 1) - 0.05 * signs, jnp.float32) for name, w in of_one.items()}
+    tx = rmsjax.hyperball(optax.sgd(1.0), 0.1)
+    init, update = jax.jit(tx.init), jax.jit(tx.update)
+    for size in (1e-34, 1e-20, 1.0, 1e38, 1.6e38, 1.8e38, 3e38):
+        for of_updates in (1e-30, 1.0, 1e38):
+            params = {name: jnp.asarray(size * w, jnp.float32) for name, w in of_one.items()}
+            state = init(params)
+            (held,) = rmsjax.rms_states(state).values()
+            updates, _ = update(jax.tree.map(lambda g, by=of_updates: g * by, grads), state, params)
+            for name, start in params.items():
+                np.testing.assert_allclose(held.param_rms[name], root_mean_square(start), rtol=1e-7)
+                assert ulps_off(start + updates[name], start, (0, 1)) <= 2
+                assert root_mean_square(updates[name]) > 1e-3 * size
 
 
 @pytest.mark.parametrize("make", [rmsjax.clip_by_relative_rms, partial(rmsjax.hyperball, optax.scale(-1.0))])
