@@ -396,6 +396,13 @@ def test_parameters_of_several_dtypes_beside_updates_of_one(make, x64):
         np.testing.assert_array_equal(together[name], alone[name])
 
 
+@pytest.mark.parametrize("steps", [2, 2.0, np.int64(2), jnp.float32(2), 2**31 - 1])
+def test_a_warmup_is_so_many_steps_long(steps):
+    tx = rmsjax.clip_by_history(1.5, warmup_steps=steps, warmup_max_norm=None)
+    *_, (updates, _) = stepped(tx, *(jnp.full(2, size) for size in (1.0, 8.0, 8.0)))
+    np.testing.assert_allclose(updates, np.full(2, 1.5 if steps == 2 else 8.0))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -404,6 +411,14 @@ def test_parameters_of_several_dtypes_beside_updates_of_one(make, x64):
         (lambda: rmsjax.clip_by_history(0.9), ValueError, "clip_by_history: factor must be at least 1, .*got 0.9"),
         (lambda: rmsjax.clip_by_history(decay=1.0), ValueError, "clip_by_history: decay must be below 1, got 1.0"),
         (lambda: rmsjax.clip_by_history(warmup_steps=-1), ValueError, "warmup_steps must be at least 0, got -1"),
+        *(
+            (
+                lambda n=n: rmsjax.clip_by_history(warmup_steps=n),
+                ValueError,
+                f"warmup_steps must be a whole .* got {got}",
+            )
+            for n, got in ((2.5, 2.5), (2**31, 2**31), (jnp.float32(3e9), 3e9), (float("inf"), "inf"))
+        ),
         (lambda: rmsjax.clip_by_history(warmup_max_norm="1"), TypeError, "warmup_max_norm must be a number, got '1'"),
         (lambda: rmsjax.hyperball(optax.adam, 0.1), TypeError, "hyperball: inner must be an optax optimizer, got the "),
         (
