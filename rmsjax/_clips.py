@@ -27,6 +27,7 @@ from rmsjax._updates import (
     quotient,
     serializable,
     share_clipped,
+    with_state,
     zeros,
 )
 
@@ -231,7 +232,6 @@ def _clip_to(
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByRMSState]:
         del params
-        state = init_fn(updates) if state is None else state  # as of peers, which keep none
         grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
         norms = measure(grouping, mapped)
         updates, clipped = _clip(grouping, norms, bounds(grouping, mapped, norms))
@@ -241,7 +241,7 @@ def _clip_to(
             num_clipped=added(name, state.num_clipped, grouping, clipped),
         )
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return with_state(name, optax.GradientTransformation(init_fn, update_fn), or_new=True)
 
 
 def _clip(grouping: Grouping, norms: PerPool, bounds: PerPool) -> tuple[PyTree, PerPool]:
@@ -300,7 +300,6 @@ def clip_by_relative_rms(
         return ClipByRelativeRMSState(zeros(norms), zeros(norms), no_updates(), zeros(norms, jnp.int32))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByRelativeRMSState]:
-        state = init_fn(updates) if state is None else state  # as of peers, which keep none
         grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
         # In the pools of the updates, even if the scope would choose otherwise by the dtype of the parameters.
         of_params = grouping._replace(leaves=jax.tree.leaves(params_of(name, updates, params)))
@@ -318,7 +317,7 @@ def clip_by_relative_rms(
             num_clipped=added(name, state.num_clipped, grouping, clipped),
         )
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return with_state(name, optax.GradientTransformation(init_fn, update_fn), or_new=True)
 
 
 # --------------------------------------------------------------------------------------------------------- by history
@@ -363,7 +362,7 @@ def clip_by_history(
     Raises:
         TypeError: a number is none; at init or update, a leaf is not floating.
         ValueError: factor is below 1, decay not in [0, 1), warmup_steps not whole or too large, or another number
-            negative or NaN; and what `clip_by_rms` raises.
+            negative or NaN; at update, the state is None; and what `clip_by_rms` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
@@ -437,7 +436,7 @@ def clip_by_history(
         new = jnp.where(is_warmup, least, history * (1 - newest) + norm * newest)
         return jnp.where(is_finite & (norm > 0), new, history)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return with_state(name, optax.GradientTransformation(init_fn, update_fn))
 
 
 def _as_steps(function: str, argument: str, value: Any) -> Any:

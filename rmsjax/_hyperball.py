@@ -23,6 +23,7 @@ from rmsjax._updates import (
     params_of,
     quotient,
     serializable,
+    with_state,
     zeros,
 )
 
@@ -97,8 +98,8 @@ def hyperball(
     Raises:
         TypeError: inner is no optax optimizer, or the learning rate neither a number nor a schedule; at init or update,
             a leaf that is held is not floating.
-        ValueError: the learning rate is negative or NaN; at update, params are missing or do not fit the updates; and
-            what `clip_by_rms` raises.
+        ValueError: the learning rate is negative or NaN; at update, the state is None, or params are missing or do not
+            fit the updates; and what `clip_by_rms` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
@@ -129,7 +130,7 @@ def hyperball(
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         return held.update(updates, state, params_of(_NAME, updates, params))
 
-    return optax.chain(inner, optax.GradientTransformation(held.init, update_fn))
+    return with_state(_NAME, optax.chain(inner, optax.GradientTransformation(held.init, update_fn)))
 
 
 def _matrices(params: PyTree) -> PyTree:

@@ -30,6 +30,7 @@ from rmsjax._updates import (
     quotient,
     serializable,
     share_clipped,
+    with_state,
     zeros,
 )
 
@@ -114,8 +115,8 @@ def scale_by_stable_adam(
     Raises:
         TypeError: a number is none, or mu_dtype no floating or complex dtype; at init or update, a leaf is not
             floating; at init, a leaf is complex and mu_dtype not, or the other way round.
-        ValueError: a decay is not in [0, 1), eps or weight_decay is negative or NaN; at update, params are missing and
-            weight_decay is not 0; and what `clip_by_rms` raises.
+        ValueError: a decay is not in [0, 1), eps or weight_decay is negative or NaN; at update, the state is None, or
+            params are missing and weight_decay is not 0; and what `clip_by_rms` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
@@ -181,7 +182,7 @@ def scale_by_stable_adam(
             num_clipped=added(name, state.num_clipped, grouping, jax.tree.map(_shortens, norms)),
         )
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return with_state(name, optax.GradientTransformation(init_fn, update_fn))
 
 
 def _shortens(norm: Array) -> Array:
@@ -257,12 +258,10 @@ def stable_adamw(
 
     Source: Wortsman et al. (arXiv 2304.13013), Algorithm 2; the defaults are those of torch-optimi's StableAdamW.
     """
-    return optax.chain(
-        scale_by_stable_adam(
-            b1, b2, eps, weight_decay=weight_decay, mask=mask, mu_dtype=mu_dtype, scope=scope, axis_name=axis_name
-        ),
-        _by_learning_rate(learning_rate),
+    adam = scale_by_stable_adam(
+        b1, b2, eps, weight_decay=weight_decay, mask=mask, mu_dtype=mu_dtype, scope=scope, axis_name=axis_name
     )
+    return with_state("stable_adamw", optax.chain(adam, _by_learning_rate(learning_rate)))
 
 
 def _by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree
 
 T = TypeVar("T")
+Transformation = TypeVar("Transformation", bound=optax.GradientTransformation)
 
 # -------------------------------------------------------------------------------------------------------------- states
 
@@ -51,6 +52,24 @@ def share_clipped(state: Any) -> PyTree:
     """The share of updates that were clipped, from 0 to 1, for each norm."""
     seen = jnp.maximum(state.num_updates, 1)  # with an axis for each of vmap, or of the states that a scan has stacked
     return jax.tree.map(lambda n: n / seen.reshape(seen.shape + (1,) * (n.ndim - seen.ndim)), state.num_clipped)
+
+
+def with_state(function: str, tx: Transformation, *, or_new: bool = False) -> Transformation:
+    """The transformation, whose update is given a state: None is an error, or a new one (`or_new`).
+
+    New where what is done to updates does not depend on it: code for peers, which keep none there, may pass None.
+    Not where the state is what one asked for.
+    """
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> tuple[PyTree, Any]:
+        if state is None and not or_new:
+            raise ValueError(
+                f"{function}: update must be given the state, got None; call tx.update(updates, state, params) with "
+                "the state of the update before, at first that of tx.init(params)"
+            )
+        return tx.update(updates, tx.init(updates) if state is None else state, params, **extra_args)
+
+    return tx._replace(update=update)
 
 
 def norm_types(function: str, params: PyTree, scope: Scope, axis_name: str | Sequence[str] | None) -> PyTree:

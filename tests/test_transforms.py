@@ -285,11 +285,15 @@ def test_callable_that_says_block_for_every_leaf(name):
     close(by_call, by_name)
 
 
-@pytest.mark.parametrize("name", ["clip_by_rms", "clip_by_relative_rms", "normalize_by_rms"])
-def test_no_state_is_a_new_one(name):
-    """Code for optax's clips, which keep no state, may have None for it."""
-    tx = ELEMENTS[name].make("block")
-    close(tx.update(at(GRADS, 1), None, PARAMS), run(tx, PARAMS, at(GRADS, 1)))
+@pytest.mark.parametrize("name", optax_suite.ALL)
+def test_no_state_is_a_new_one_or_an_error(name):
+    """Code for optax's clips, which keep no state, may have None for it; not where updates or records depend on it."""
+    tx = optax_suite.ALL[name].make("global")
+    if name in ("clip_by_rms", "clip_by_global_norm", "clip_by_relative_rms", "normalize_by_rms"):
+        close(tx.update(at(GRADS, 1), None, PARAMS), run(tx, PARAMS, at(GRADS, 1)))
+    else:
+        with pytest.raises(ValueError, match=rf"^{name}: update must be given the state, got None; .*tx\.init"):
+            tx.update(at(GRADS, 1), None, PARAMS)
 
 
 TREES = {
