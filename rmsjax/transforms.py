@@ -184,8 +184,8 @@ def record_rms(
 
     Raises:
         TypeError: ema_decay is not a number, or relative not a boolean; at init or update, a leaf is not floating.
-        ValueError: ema_decay is not in [0, 1); at update, the state is None, or relative is True and params are missing or do not
-            fit the updates; and what `clip_by_rms` raises.
+        ValueError: ema_decay is not in [0, 1); at update, the state is None, or relative is True and params are
+            missing or do not fit the updates; and what `clip_by_rms` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
