@@ -75,9 +75,11 @@ def hyperball(
     rates carry over from a small model to a large one, and weight decay has nothing left to do.
 
     R is kept in the state and every step is brought back to it, so no rounding adds up: in float32 the norm stays
-    within 2 units in its last place. In 16 bits each element is rounded to the parameters' dtype once, as if it had
-    been computed in float32. What is put after it in a chain takes parameters off their norm again; make it the last
-    link.
+    within 2 units in its last place for learning rates up to 0.1, and within some more above. In 16 bits each element
+    is rounded to the parameters' dtype once, as if it had been computed in float32; one that changes its sign, or by
+    more than a factor of 2, once more, as the update is the difference. Updates in 16 bits for parameters in float32
+    have the rounding of 16 bits. What is put after it in a chain takes parameters off their norm again; make it the
+    last link.
 
     Args:
         inner: any optax optimizer, such as `optax.adam(1e-3)` or one of `optax.contrib`. What it says of the size of

@@ -271,6 +271,32 @@ def test_in_16_bits_norms_stay_to_half_a_ulp_of_an_element(dtype, learning_rate)
         assert off[-100:].mean() <= 2 * off[:200].mean() + 1e-4  # no drift
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_in_16_bits_each_element_is_rounded_once(dtype):
+    """Twice, where it has changed its sign, or by more than a factor of 2."""
+    rng = np.random.default_rng(3)
+    narrow = [jnp.asarray(rng.normal(size=(16, 16)), dtype) for _ in range(2)]
+    start, got, exact = map(np.float32, (narrow[0], moved(*narrow, 0.5), moved(*map(jnp.float32, narrow), 0.5)))
+    once = np.float32(jnp.asarray(exact).astype(dtype))
+    is_near = (once / start >= 0.5) & (once / start <= 2)
+    assert 20 < is_near.sum() < 236
+    np.testing.assert_array_equal(got[is_near], once[is_near])
+    ulps = np.spacing(np.maximum(np.abs(once), np.abs(once - start))) * 2.0**23 * float(jnp.finfo(dtype).eps)
+    assert (np.abs(got - once) <= ulps).all()
+
+
+@pytest.mark.parametrize("learning_rate", [0.3, 1.0, 10.0])
+def test_norms_after_large_steps(learning_rate):
+    for seed in range(5):
+        params, grads = jnp.float32(np.random.default_rng(seed).normal(size=(2, 3, 4)))
+        assert ulps_off(moved(params, grads, learning_rate), params, (0, 1)) <= 16
+
+
+def moved(params, grads, learning_rate):
+    tx = rmsjax.hyperball(optax.sgd(1.0), learning_rate)
+    return optax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+
+
 def by_layer(path, leaf):
     return (1, 2) if leaf.ndim == 3 else "block"
 
