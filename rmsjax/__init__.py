@@ -43,7 +43,8 @@ hides: `optax.apply_if_finite` around all leaves such steps out.
 
 ## Scope: which elements share a norm
 
-All functions of trees, and all transformations of updates, take a `scope`:
+All functions of trees, and all transformations of updates, take a `scope`, but `clip_by_global_norm`, which has one
+norm of all elements, and `rms_operator_norm_by_path`, which has one for each kernel:
 
 - `"global"`: all elements of all leaves together, one number;
 - `"block"`: each leaf by itself;

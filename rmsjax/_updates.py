@@ -1,10 +1,10 @@
 """optax: what all gradient transformations share, states that hold norms, parameters beside their updates, averages.
 
-All take the `scope` and `axis_name` of `rmsjax.tree_rms`, keep the dtype and structure of the updates, and have a state
-whose structure and types are those of `init` at every step, so they run inside `lax.scan`, `optax.MultiSteps` and
-`optax.apply_if_finite`. A field `rms` is the norm of the newest updates that came in. Each state names its fields of
-norms in `norm_fields`, by which `rmsjax.rms_states` finds it and `rmsjax.rms_report` lists them; what clips, clips by
-the first of them.
+All take the `axis_name` of `rmsjax.tree_rms` and, but for `clip_by_global_norm`, its `scope`. They keep the dtype and
+structure of the updates, and have a state whose structure and types are those of `init` at every step, so they run
+inside `lax.scan`, `optax.MultiSteps` and `optax.apply_if_finite`. A field `rms` is the norm of the newest updates that
+came in. Each state names its fields of norms in `norm_fields`, by which `rmsjax.rms_states` finds it and
+`rmsjax.rms_report` lists them; what clips, clips by the first of them.
 
 States can be serialized by `jax.export`; of those of optax in a chain, register the types for that yourself. Where
 params are boxed (`nnx.Param`, `nn.Partitioned`, the `NamedArray` of haliax), norms are not, see `rmsjax.tree_rms`.
