@@ -11,12 +11,12 @@ import optax
 from jax import Array, lax
 
 from rmsjax._checks import as_mapped, as_threshold, described
-from rmsjax._reduce import UNMAPPED, times
+from rmsjax._reduce import lifted, times
 from rmsjax._tree import Scope, check_scope, counts, excess, group, measure, rescale
 from rmsjax._updates import (
     as_held,
     kept,
-    lifted,
+    mapped_at_init,
     next_update,
     no_updates,
     norm_types,
@@ -146,11 +146,7 @@ def _held(
 
     def init_fn(params: PyTree) -> HyperballState:
         types = norm_types(_NAME, params, scope, axis_name)
-        grouping = group(_NAME, params, scope, kind=jnp.inexact)
-        try:
-            mapped = as_mapped(_NAME, axis_name)
-        except ValueError:  # init may run outside of the shard_map or pmap around update, where params are whole
-            mapped = UNMAPPED
+        grouping, mapped = group(_NAME, params, scope, kind=jnp.inexact), mapped_at_init(_NAME, axis_name)
         wide = grouping._replace(leaves=list(map(lifted, grouping.leaves)))
         norms = measure(wide, mapped)
         units = jax.tree.map(_unit, norms)

@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from rmsjax._checks import as_dtype, as_mapped, as_number, as_result_dtype, as_threshold
-from rmsjax._reduce import accumulator_dtype, lift, times
+from rmsjax._reduce import accumulator_dtype, lift, lifted, times
 from rmsjax._tree import Scope, check_scope, group, leaf_paths, measure
 from rmsjax._updates import (
     added,
@@ -21,7 +21,6 @@ from rmsjax._updates import (
     check_alike,
     hypot,
     kept,
-    lifted,
     newest_weight,
     next_update,
     no_updates,

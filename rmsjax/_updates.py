@@ -28,7 +28,7 @@ from jax import Array, lax
 
 from rmsjax._checks import as_mapped, as_numeric, as_threshold
 from rmsjax._pools import PerPool
-from rmsjax._reduce import UNMAPPED, accumulator_dtype, lift, times
+from rmsjax._reduce import UNMAPPED, Mapped, times
 from rmsjax._tree import Grouping, Scope, group, leaf_paths, measure
 
 if TYPE_CHECKING:
@@ -72,13 +72,18 @@ def with_state(function: str, tx: Transformation, *, or_new: bool = False) -> Tr
     return tx._replace(update=update)
 
 
+def mapped_at_init(function: str, axis_name: str | Sequence[str] | None) -> Mapped:
+    """The mapped axes in init, which may run outside of the shard_map or pmap around update, where params are whole."""
+    try:
+        return as_mapped(function, axis_name)
+    except ValueError:
+        return UNMAPPED
+
+
 def norm_types(function: str, params: PyTree, scope: Scope, axis_name: str | Sequence[str] | None) -> PyTree:
     """The types of the norms that updates like the params have, as a state holds them; nothing is computed."""
     grouping = group(function, params, scope, kind=jnp.inexact, abstract=True)
-    try:
-        mapped = as_mapped(function, axis_name)
-    except ValueError:  # init may run outside of the shard_map or pmap around update
-        mapped = UNMAPPED
+    mapped = mapped_at_init(function, axis_name)
 
     def norms(leaves: list[Array]) -> PyTree:
         of_leaves = grouping._replace(leaves=leaves)
@@ -223,8 +228,3 @@ def quotient(x: Array, root: Array) -> Array:
     """x/root, and 0 where root is 0."""
     safe = jnp.where(root == 0, 1, root)
     return jnp.where(root == 0, 0, x / safe.astype(x.dtype))
-
-
-def lifted(x: Array) -> Array:
-    """x in its accumulator dtype."""
-    return lift(x, accumulator_dtype(x.dtype))
