@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 import rmsjax
-from rmsjax import _clips, _hyperball, _stable_adam, penalties, report, transforms
+from rmsjax import _clips, _hyperball, _stable_adam, _transforms, penalties, report
 from tests.helpers import optax_suite, stable_adamw
 from tests.helpers.marks import quick_of, slow
 from tests.helpers.optax_suite import ELEMENTS, GRADS, PARAMS, at, scanned
@@ -850,7 +850,7 @@ def test_steps_export(name, scope):
 
 def test_importing_the_transformations_again():
     """As in a notebook that reloads what was edited."""
-    again = importlib.util.module_from_spec(spec := importlib.util.find_spec("rmsjax.transforms"))
+    again = importlib.util.module_from_spec(spec := importlib.util.find_spec("rmsjax._transforms"))
     spec.loader.exec_module(again)
     tx = again.record_rms()
     assert tx.update(PARAMS, tx.init(PARAMS))[1].num_updates == 1
@@ -1062,7 +1062,7 @@ def test_a_learning_rate_has_its_sign_however_it_is_given():
         close(run(tx, params, params)[0], expected)
 
 
-@pytest.mark.parametrize("module", [_clips, _hyperball, _stable_adam, transforms, penalties, report])
+@pytest.mark.parametrize("module", [_clips, _hyperball, _stable_adam, _transforms, penalties, report])
 def test_all_that_is_public_is_named_as_such(module):
     own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     assert {name for name in own if not name.startswith("_")} == set(module.__all__)
