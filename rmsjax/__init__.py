@@ -43,7 +43,8 @@ hides: `optax.apply_if_finite` around all leaves such steps out.
 
 ## Scope: which elements share a norm
 
-All functions of trees, and all transformations of updates, take a `scope`:
+All functions of trees, and all transformations of updates, take a `scope`, but `clip_by_global_norm`, which has one
+norm of all elements, and `rms_operator_norm_by_path`, which has one for each kernel:
 
 - `"global"`: all elements of all leaves together, one number;
 - `"block"`: each leaf by itself;
@@ -108,7 +109,7 @@ _HOMES = {
         *("clip_by_rms", "clip_by_global_norm", "clip_by_relative_rms", "clip_by_history"),
         *("ClipByRMSState", "ClipByRelativeRMSState", "ClipByHistoryState"),
     ),
-    "transforms": ("normalize_by_rms", "record_rms", "rms_states", "NormalizeByRMSState", "RecordRMSState"),
+    "_transforms": ("normalize_by_rms", "record_rms", "rms_states", "NormalizeByRMSState", "RecordRMSState"),
     "_stable_adam": ("stable_adamw", "scale_by_stable_adam", "ScaleByStableAdamState"),
     "_hyperball": ("hyperball", "HyperballState"),
     "_coord_check": ("coord_check", "compare_widths", "WidthRecord"),
@@ -151,17 +152,17 @@ if TYPE_CHECKING:
     from rmsjax._stable_adam import ScaleByStableAdamState as ScaleByStableAdamState
     from rmsjax._stable_adam import scale_by_stable_adam as scale_by_stable_adam
     from rmsjax._stable_adam import stable_adamw as stable_adamw
+    from rmsjax._transforms import NormalizeByRMSState as NormalizeByRMSState
+    from rmsjax._transforms import RecordRMSState as RecordRMSState
+    from rmsjax._transforms import normalize_by_rms as normalize_by_rms
+    from rmsjax._transforms import record_rms as record_rms
+    from rmsjax._transforms import rms_states as rms_states
     from rmsjax.penalties import rms_penalty as rms_penalty
     from rmsjax.probe import activation_rms as activation_rms
     from rmsjax.probe import gradient_rms as gradient_rms
     from rmsjax.report import RMSReport as RMSReport
     from rmsjax.report import RMSRow as RMSRow
     from rmsjax.report import rms_report as rms_report
-    from rmsjax.transforms import NormalizeByRMSState as NormalizeByRMSState
-    from rmsjax.transforms import RecordRMSState as RecordRMSState
-    from rmsjax.transforms import normalize_by_rms as normalize_by_rms
-    from rmsjax.transforms import record_rms as record_rms
-    from rmsjax.transforms import rms_states as rms_states
 else:  # a type checker that saw this function would take every name for one of ours
 
     def __getattr__(name: str) -> Any:

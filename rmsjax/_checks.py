@@ -187,11 +187,16 @@ def as_threshold(function: str, argument: str, value: Any, *, for_schedule: str 
     return number
 
 
-def as_result_dtype(function: str, dtype: Any, x: Array) -> np.dtype[Any]:
-    """The dtype of a result; that of x for None."""
-    kind = jnp.complexfloating if jnp.iscomplexobj(x) else jnp.floating
+def as_dtype(function: str, argument: str, dtype: Any, kind: Any, *, of: str = "") -> np.dtype[Any]:
+    """A dtype of the kind, one of `_KINDS`."""
     with contextlib.suppress(TypeError):  # no name of a dtype
-        result = np.dtype(x.dtype if dtype is None else dtype)
+        result = np.dtype(dtype)
         if jnp.issubdtype(result, kind):
             return result
-    raise TypeError(f"{function}: dtype must be one of {_KINDS[kind]} for x of dtype {x.dtype}, got {dtype!r}")
+    raise TypeError(f"{function}: {argument} must be one of {_KINDS[kind]}{of}, got {dtype!r}")
+
+
+def as_result_dtype(function: str, dtype: Any, x: Array, *, argument: str = "dtype", name: str = "x") -> np.dtype[Any]:
+    """The dtype of a result; that of x for None."""
+    kind = jnp.complexfloating if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.floating
+    return as_dtype(function, argument, x.dtype if dtype is None else dtype, kind, of=f" for {name} of dtype {x.dtype}")

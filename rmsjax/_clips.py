@@ -27,6 +27,7 @@ from rmsjax._updates import (
     quotient,
     serializable,
     share_clipped,
+    with_state,
     zeros,
 )
 
@@ -231,7 +232,6 @@ def _clip_to(
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByRMSState]:
         del params
-        state = init_fn(updates) if state is None else state  # as of peers, which keep none
         grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
         norms = measure(grouping, mapped)
         updates, clipped = _clip(grouping, norms, bounds(grouping, mapped, norms))
@@ -241,7 +241,7 @@ def _clip_to(
             num_clipped=added(name, state.num_clipped, grouping, clipped),
         )
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return with_state(name, optax.GradientTransformation(init_fn, update_fn), or_new=True)
 
 
 def _clip(grouping: Grouping, norms: PerPool, bounds: PerPool) -> tuple[PyTree, PerPool]:
@@ -300,7 +300,6 @@ def clip_by_relative_rms(
         return ClipByRelativeRMSState(zeros(norms), zeros(norms), no_updates(), zeros(norms, jnp.int32))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, ClipByRelativeRMSState]:
-        state = init_fn(updates) if state is None else state  # as of peers, which keep none
         grouping, mapped = group(name, updates, scope, kind=jnp.inexact), as_mapped(name, axis_name)
         # In the pools of the updates, even if the scope would choose otherwise by the dtype of the parameters.
         of_params = grouping._replace(leaves=jax.tree.leaves(params_of(name, updates, params)))
@@ -318,7 +317,7 @@ def clip_by_relative_rms(
             num_clipped=added(name, state.num_clipped, grouping, clipped),
         )
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return with_state(name, optax.GradientTransformation(init_fn, update_fn), or_new=True)
 
 
 # --------------------------------------------------------------------------------------------------------- by history
@@ -352,7 +351,7 @@ def clip_by_history(
             the paper's; "global" has one for all. Under `optax.inject_hyperparams` name it in static_args=("scope",),
             or else a callable is taken for a schedule.
         decay: that of the moving average, in [0, 1).
-        warmup_steps: how many updates are the warm-up.
+        warmup_steps: how many updates are the warm-up, a whole number below 2^31.
         warmup_max_norm: the bound on the L2 norm of all updates in the warm-up, as of `clip_by_global_norm`; None for
             no bound. All these numbers may be traced (`optax.inject_hyperparams`).
         axis_name: under `shard_map` or `pmap`, the mapped axes that updates are split over, see `rmsjax.tree_rms`.
@@ -362,8 +361,8 @@ def clip_by_history(
 
     Raises:
         TypeError: a number is none; at init or update, a leaf is not floating.
-        ValueError: factor is below 1, decay not in [0, 1), or another number negative or NaN; and what `clip_by_rms`
-            raises.
+        ValueError: factor is below 1, decay not in [0, 1), warmup_steps not whole or too large, or another number
+            negative or NaN; at update, the state is None; and what `clip_by_rms` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
@@ -385,7 +384,7 @@ def clip_by_history(
     factor, decay = as_threshold(name, "factor", factor), as_decay(name, "decay", decay)
     if not isinstance(factor, jax.core.Tracer) and factor < 1:
         raise ValueError(f"{name}: factor must be at least 1, or each clip would lower the next bound, got {factor}")
-    warmup_steps = as_threshold(name, "warmup_steps", warmup_steps)
+    warmup_steps = _as_steps(name, "warmup_steps", warmup_steps)
     if warmup_max_norm is not None:
         warmup_max_norm = as_threshold(name, "warmup_max_norm", warmup_max_norm)
 
@@ -437,7 +436,17 @@ def clip_by_history(
         new = jnp.where(is_warmup, least, history * (1 - newest) + norm * newest)
         return jnp.where(is_finite & (norm > 0), new, history)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return with_state(name, optax.GradientTransformation(init_fn, update_fn))
+
+
+def _as_steps(function: str, argument: str, value: Any) -> Any:
+    """How many updates, in the dtype that they are counted in; a traced number is cut to a whole one."""
+    value, most = as_threshold(function, argument, value), jnp.iinfo(no_updates().dtype).max
+    if isinstance(value, jax.core.Tracer):
+        return value
+    if value % 1 or value > most:
+        raise ValueError(f"{function}: {argument} must be a whole number of at most {most}, got {value}")
+    return int(value)
 
 
 def _share_within(max_norm: Any, grouping: Grouping, mapped: Mapped, norms: PerPool) -> Array:

@@ -11,18 +11,19 @@ import optax
 from jax import Array, lax
 
 from rmsjax._checks import as_mapped, as_threshold, described
-from rmsjax._reduce import UNMAPPED, times
+from rmsjax._reduce import lifted, times
 from rmsjax._tree import Scope, check_scope, counts, excess, group, measure, rescale
 from rmsjax._updates import (
     as_held,
     kept,
-    lifted,
+    mapped_at_init,
     next_update,
     no_updates,
     norm_types,
     params_of,
     quotient,
     serializable,
+    with_state,
     zeros,
 )
 
@@ -74,9 +75,11 @@ def hyperball(
     rates carry over from a small model to a large one, and weight decay has nothing left to do.
 
     R is kept in the state and every step is brought back to it, so no rounding adds up: in float32 the norm stays
-    within 2 units in its last place. In 16 bits each element is rounded to the parameters' dtype once, as if it had
-    been computed in float32. What is put after it in a chain takes parameters off their norm again; make it the last
-    link.
+    within 2 units in its last place for learning rates up to 0.1, and within some more above. In 16 bits each element
+    is rounded to the parameters' dtype once, as if it had been computed in float32; one that changes its sign, or by
+    more than a factor of 2, once more, as the update is the difference. Updates in 16 bits for parameters in float32
+    have the rounding of 16 bits. What is put after it in a chain takes parameters off their norm again; make it the
+    last link.
 
     Args:
         inner: any optax optimizer, such as `optax.adam(1e-3)` or one of `optax.contrib`. What it says of the size of
@@ -97,8 +100,8 @@ def hyperball(
     Raises:
         TypeError: inner is no optax optimizer, or the learning rate neither a number nor a schedule; at init or update,
             a leaf that is held is not floating.
-        ValueError: the learning rate is negative or NaN; at update, params are missing or do not fit the updates; and
-            what `clip_by_rms` raises.
+        ValueError: the learning rate is negative or NaN; at update, the state is None, or params are missing or do not
+            fit the updates; and what `clip_by_rms` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
@@ -129,7 +132,7 @@ def hyperball(
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         return held.update(updates, state, params_of(_NAME, updates, params))
 
-    return optax.chain(inner, optax.GradientTransformation(held.init, update_fn))
+    return with_state(_NAME, optax.chain(inner, optax.GradientTransformation(held.init, update_fn)))
 
 
 def _matrices(params: PyTree) -> PyTree:
@@ -143,15 +146,15 @@ def _held(
 
     def init_fn(params: PyTree) -> HyperballState:
         types = norm_types(_NAME, params, scope, axis_name)
-        grouping = group(_NAME, params, scope, kind=jnp.inexact)
-        try:
-            mapped = as_mapped(_NAME, axis_name)
-        except ValueError:  # init may run outside of the shard_map or pmap around update, where params are whole
-            mapped = UNMAPPED
-        norms = measure(grouping, mapped)
-        norms = jax.tree.map(lambda r, e: r + r * (e / 2), norms, excess(grouping, norms, mapped))
+        grouping, mapped = group(_NAME, params, scope, kind=jnp.inexact), mapped_at_init(_NAME, axis_name)
+        wide = grouping._replace(leaves=list(map(lifted, grouping.leaves)))
+        norms = measure(wide, mapped)
+        units = jax.tree.map(_unit, norms)
+        scaled = wide._replace(leaves=wide.each(times, units))
+        above = excess(scaled, jax.tree.map(lax.mul, norms, units), mapped)
+        norms = jax.tree.map(lambda r, e: r + r * (e / 2), norms, above)
         # Copies, as no two fields of a state may share an array.
-        return HyperballState(zeros(types), jax.tree.map(jnp.array, as_held(grouping.tree(norms))), no_updates())
+        return HyperballState(zeros(types), jax.tree.map(jnp.array, as_held(wide.tree(norms))), no_updates())
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, HyperballState]:
         grouping, mapped = group(_NAME, updates, scope, kind=jnp.inexact), as_mapped(_NAME, axis_name)
@@ -163,21 +166,33 @@ def _held(
         def length(r: Array, target: Array) -> Array:
             return jnp.where(target == 0, r, target * jnp.maximum(jnp.asarray(rate, target.dtype), 0))
 
-        lengths = jax.tree.map(length, norms, grouping.laid_out(state.param_rms, norms))
+        wide = grouping._replace(leaves=list(map(lifted, old)))
+        sphere = wide.laid_out(state.param_rms, counts(wide, mapped))
+        units = jax.tree.map(_unit, sphere)
+        sphere = jax.tree.map(lax.mul, sphere, units)
         directions = grouping._replace(leaves=list(map(lifted, grouping.leaves)))
+        lengths = jax.tree.map(length, norms, grouping.laid_out(sphere, norms))
         steps = jax.tree.leaves(rescale(directions, norms, lengths))
-        moved = grouping._replace(leaves=list(map(_moved, old, steps)))
-        sphere = moved.laid_out(state.param_rms, counts(moved, mapped))
+        moved = grouping._replace(leaves=list(map(_moved, wide.each(times, units), steps)))
+        sphere = moved.laid_out(sphere, counts(moved, mapped))
         shares = jax.tree.map(_share_to_sphere, excess(moved, sphere, mapped))
-        new = moved.each(lambda v, share: v + times(v, share), shares)
+        inverses = jax.tree.map(lambda unit: 1 / unit, units)
+        new = moved.each(lambda v, share, inverse: times(v + times(v, share), inverse), shares, inverses)
         changes = [_change(q, p, u.dtype) for q, p, u in zip(new, old, grouping.leaves, strict=True)]
         return grouping.treedef.unflatten(changes), HyperballState(rms, state.param_rms, next_update(state.num_updates))
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def _unit(norm: Array) -> Array:
+    """What to multiply numbers of this size by: a power of two, so that no sum overflows, nor small step underflows."""
+    info = jnp.finfo(norm.dtype)
+    far, eps = float(info.max) ** 0.5, float(info.eps)
+    return jnp.where(norm > far, eps, jnp.where((norm > 0) & (norm < 1 / far), 1 / eps, 1)).astype(norm.dtype)
+
+
 def _moved(old: Array, step: Array) -> Array:
-    return lax.add(lifted(old), step.astype(lifted(old).dtype))
+    return lax.add(old, step.astype(old.dtype))
 
 
 def _share_to_sphere(above: Array) -> Array:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rmsjax._checks import as_axes, as_number, as_numeric
 from rmsjax._norm import rms, rms_normalize
-from rmsjax._reduce import accumulator_dtype, lift, times
+from rmsjax._reduce import lifted, times
 from rmsjax._tree import leaf_paths
 
 if TYPE_CHECKING:
@@ -224,8 +224,7 @@ def _norms_of_matrices(exact: bool, tolerance: float, kernels: list[Array]) -> l
         alike[kernel.shape[-2:], kernel.dtype].append(k)
     norms: dict[int, Array] = {}
     for members in alike.values():
-        stack = jnp.concatenate([kernels[k].reshape(-1, *kernels[k].shape[-2:]) for k in members])
-        stack = lift(stack, accumulator_dtype(stack.dtype))
+        stack = lifted(jnp.concatenate([kernels[k].reshape(-1, *kernels[k].shape[-2:]) for k in members]))
         found = jax.vmap(partial(_operator_norm, exact, tolerance))(stack)
         ends = np.cumsum([math.prod(kernels[k].shape[:-2]) for k in members])
         for k, part in zip(members, jnp.split(found, ends[:-1]), strict=True):

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from rmsjax._operator_norm import partitioned_by_xla
-from rmsjax._reduce import accumulator_dtype, lift
+from rmsjax._reduce import lifted
 from rmsjax._tags import blank
 from rmsjax._tree import leaf_paths, tree_rms
 
@@ -85,8 +85,7 @@ def sizes(chosen: list[Parameter], trees: Sequence[Any]) -> list[OrderedDict[str
 
 def _of(parameter: Parameter, leaves: list[Array]) -> Array:
     leaf = leaves[parameter.leaf]
-    leaf = leaf if parameter.layer is None else leaf[parameter.layer]
-    return lift(leaf, accumulator_dtype(leaf.dtype))
+    return lifted(leaf if parameter.layer is None else leaf[parameter.layer])
 
 
 def _gains(matrices: Array) -> Array:

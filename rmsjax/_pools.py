@@ -302,7 +302,7 @@ def _added(terms: Sequence[Array], like: Array) -> Array:
 
 
 def excess(plan: Plan, leaves: Sequence[Array], near: PerPool) -> PerPool:
-    """mean(|x|^2)/rho^2 - 1 of each pool, for a rho that is near its norm; 0 where rho is 0.
+    """mean(|x|^2)/rho^2 - 1 of each pool, for a rho that is near its norm; 0 where rho is 0. No x + rho may overflow.
 
     As mean(Re(conj(x - rho) (x + rho)))/rho^2: what is added up is of both signs, and its rounding is in proportion to
     the small result. So it tells the norm from rho to more digits than a norm has.

@@ -88,6 +88,11 @@ def lift(x: Array, dtype: Any) -> Array:
     return x.astype(np.result_type(dtype, np.complex64) if jnp.iscomplexobj(x) else dtype)
 
 
+def lifted(x: Array) -> Array:
+    """x in its accumulator dtype."""
+    return lift(x, accumulator_dtype(x.dtype))
+
+
 def times(x: Array, *factors: Array) -> Array:
     """The product in the dtype of x, which may be complex where the factors are real."""
     return reduce(lax.mul, [factor.astype(x.dtype) for factor in factors], x)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from rmsjax._checks import as_mapped, as_number, as_threshold
-from rmsjax._reduce import accumulator_dtype, lift, times
-from rmsjax._tree import Scope, check_scope, group, measure
+from rmsjax._checks import as_dtype, as_mapped, as_number, as_result_dtype, as_threshold
+from rmsjax._reduce import accumulator_dtype, lift, lifted, times
+from rmsjax._tree import Scope, check_scope, group, leaf_paths, measure
 from rmsjax._updates import (
     added,
     as_decay,
@@ -21,7 +21,6 @@ from rmsjax._updates import (
     check_alike,
     hypot,
     kept,
-    lifted,
     newest_weight,
     next_update,
     no_updates,
@@ -30,6 +29,7 @@ from rmsjax._updates import (
     quotient,
     serializable,
     share_clipped,
+    with_state,
     zeros,
 )
 
@@ -102,7 +102,7 @@ def scale_by_stable_adam(
         weight_decay: the share $\lambda$ of the parameters w that is added before the clip, so that decay slows with
             the step, as in the paper. `optax.add_decayed_weights` after this transformation decays at full speed.
         mask: where to decay, as in `optax.adamw`: a tree of booleans, a prefix of one, or a function of the params.
-        mu_dtype: the dtype to keep the average of the gradient in.
+        mu_dtype: the dtype to keep the average of the gradient in, complex where that is.
         scope: what shares an RMS_t, see `rmsjax.tree_rms`. The default is that of the paper; for a leaf of stacked
             layers name the axes of a layer. Under `optax.inject_hyperparams` name it in static_args=("scope",), or else
             a callable is taken for a schedule.
@@ -112,9 +112,10 @@ def scale_by_stable_adam(
         A transformation with state `ScaleByStableAdamState`.
 
     Raises:
-        TypeError: a number is none; at init or update, a leaf is not floating.
-        ValueError: a decay is not in [0, 1), eps or weight_decay is negative or NaN; at update, params are missing and
-            weight_decay is not 0; and what `clip_by_rms` raises.
+        TypeError: a number is none, or mu_dtype no floating or complex dtype; at init or update, a leaf is not
+            floating; at init, a leaf is complex and mu_dtype not, or the other way round.
+        ValueError: a decay is not in [0, 1), eps or weight_decay is negative or NaN; at update, the state is None, or
+            params are missing and weight_decay is not 0; and what `clip_by_rms` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
@@ -136,12 +137,15 @@ def scale_by_stable_adam(
     b1, b2 = as_decay(name, "b1", b1), as_decay(name, "b2", b2)
     eps = as_threshold(name, "eps", eps)
     weight_decay = as_threshold(name, "weight_decay", weight_decay)
-    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.inexact):
-        raise TypeError(f"{name}: mu_dtype must be a floating-point or complex dtype, got {mu_dtype!r}")
+    if mu_dtype is not None:
+        as_dtype(name, "mu_dtype", mu_dtype, jnp.inexact)
     decays = isinstance(weight_decay, jax.core.Tracer) or weight_decay != 0
 
     def init_fn(params: PyTree) -> ScaleByStableAdamState:
         norms = norm_types(name, params, scope, axis_name)
+        leaves = group(name, params, scope, kind=jnp.inexact, abstract=True).leaves
+        for path, leaf in zip(leaf_paths(params), leaves, strict=True):
+            as_result_dtype(name, mu_dtype, leaf, argument="mu_dtype", name=f"leaf {path!r} of params")
         wide = jax.tree.map(lambda p: jax.eval_shape(lifted, p), params)
         return ScaleByStableAdamState(
             grad_mean=jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=mu_dtype or s.dtype), params, wide),
@@ -177,7 +181,7 @@ def scale_by_stable_adam(
             num_clipped=added(name, state.num_clipped, grouping, jax.tree.map(_shortens, norms)),
         )
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return with_state(name, optax.GradientTransformation(init_fn, update_fn))
 
 
 def _shortens(norm: Array) -> Array:
@@ -253,12 +257,10 @@ def stable_adamw(
 
     Source: Wortsman et al. (arXiv 2304.13013), Algorithm 2; the defaults are those of torch-optimi's StableAdamW.
     """
-    return optax.chain(
-        scale_by_stable_adam(
-            b1, b2, eps, weight_decay=weight_decay, mask=mask, mu_dtype=mu_dtype, scope=scope, axis_name=axis_name
-        ),
-        _by_learning_rate(learning_rate),
+    adam = scale_by_stable_adam(
+        b1, b2, eps, weight_decay=weight_decay, mask=mask, mu_dtype=mu_dtype, scope=scope, axis_name=axis_name
     )
+    return with_state("stable_adamw", optax.chain(adam, _by_learning_rate(learning_rate)))
 
 
 def _by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -1,10 +1,10 @@
 """optax: what all gradient transformations share, states that hold norms, parameters beside their updates, averages.
 
-All take the `scope` and `axis_name` of `rmsjax.tree_rms`, keep the dtype and structure of the updates, and have a state
-whose structure and types are those of `init` at every step, so they run inside `lax.scan`, `optax.MultiSteps` and
-`optax.apply_if_finite`. A field `rms` is the norm of the newest updates that came in. Each state names its fields of
-norms in `norm_fields`, by which `rmsjax.rms_states` finds it and `rmsjax.rms_report` lists them; what clips, clips by
-the first of them.
+All take the `axis_name` of `rmsjax.tree_rms` and, but for `clip_by_global_norm`, its `scope`. They keep the dtype and
+structure of the updates, and have a state whose structure and types are those of `init` at every step, so they run
+inside `lax.scan`, `optax.MultiSteps` and `optax.apply_if_finite`. A field `rms` is the norm of the newest updates that
+came in. Each state names its fields of norms in `norm_fields`, by which `rmsjax.rms_states` finds it and
+`rmsjax.rms_report` lists them; what clips, clips by the first of them.
 
 States can be serialized by `jax.export`; of those of optax in a chain, register the types for that yourself. Where
 params are boxed (`nnx.Param`, `nn.Partitioned`, the `NamedArray` of haliax), norms are not, see `rmsjax.tree_rms`.
@@ -28,7 +28,7 @@ from jax import Array, lax
 
 from rmsjax._checks import as_mapped, as_numeric, as_threshold
 from rmsjax._pools import PerPool
-from rmsjax._reduce import UNMAPPED, accumulator_dtype, lift, times
+from rmsjax._reduce import UNMAPPED, Mapped, times
 from rmsjax._tree import Grouping, Scope, group, leaf_paths, measure
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from jaxtyping import PyTree
 
 T = TypeVar("T")
+Transformation = TypeVar("Transformation", bound=optax.GradientTransformation)
 
 # -------------------------------------------------------------------------------------------------------------- states
 
@@ -53,13 +54,36 @@ def share_clipped(state: Any) -> PyTree:
     return jax.tree.map(lambda n: n / seen.reshape(seen.shape + (1,) * (n.ndim - seen.ndim)), state.num_clipped)
 
 
+def with_state(function: str, tx: Transformation, *, or_new: bool = False) -> Transformation:
+    """The transformation, whose update is given a state: None is an error, or a new one (`or_new`).
+
+    New where what is done to updates does not depend on it: code for peers, which keep none there, may pass None.
+    Not where the state is what one asked for.
+    """
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> tuple[PyTree, Any]:
+        if state is None and not or_new:
+            raise ValueError(
+                f"{function}: update must be given the state, got None; call tx.update(updates, state, params) with "
+                "the state of the update before, at first that of tx.init(params)"
+            )
+        return tx.update(updates, tx.init(updates) if state is None else state, params, **extra_args)
+
+    return tx._replace(update=update)
+
+
+def mapped_at_init(function: str, axis_name: str | Sequence[str] | None) -> Mapped:
+    """The mapped axes in init, which may run outside of the shard_map or pmap around update, where params are whole."""
+    try:
+        return as_mapped(function, axis_name)
+    except ValueError:
+        return UNMAPPED
+
+
 def norm_types(function: str, params: PyTree, scope: Scope, axis_name: str | Sequence[str] | None) -> PyTree:
     """The types of the norms that updates like the params have, as a state holds them; nothing is computed."""
     grouping = group(function, params, scope, kind=jnp.inexact, abstract=True)
-    try:
-        mapped = as_mapped(function, axis_name)
-    except ValueError:  # init may run outside of the shard_map or pmap around update
-        mapped = UNMAPPED
+    mapped = mapped_at_init(function, axis_name)
 
     def norms(leaves: list[Array]) -> PyTree:
         of_leaves = grouping._replace(leaves=leaves)
@@ -204,8 +228,3 @@ def quotient(x: Array, root: Array) -> Array:
     """x/root, and 0 where root is 0."""
     safe = jnp.where(root == 0, 1, root)
     return jnp.where(root == 0, 0, x / safe.astype(x.dtype))
-
-
-def lifted(x: Array) -> Array:
-    """x in its accumulator dtype."""
-    return lift(x, accumulator_dtype(x.dtype))

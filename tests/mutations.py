@@ -31,7 +31,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rmsjax"
 CACHE = ROOT / ".pytest_cache" / "mutations"
-MODULES = ("_reduce", "_norm", "_pools", "_tree", "_updates", "_clips", "_stable_adam", "_hyperball", "transforms")
+MODULES = ("_reduce", "_norm", "_pools", "_tree", "_updates", "_clips", "_stable_adam", "_hyperball", "_transforms")
 
 
 class Mutation(NamedTuple):

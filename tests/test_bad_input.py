@@ -348,6 +348,18 @@ MISTAKES = {
         *(lambda: rmsjax.scale_by_stable_adam(mu_dtype="int8"), TypeError),
         *("scale_by_stable_adam", "mu_dtype", "floating-point or complex", "'int8'"),
     ),
+    "average in no dtype": (
+        *(lambda: rmsjax.stable_adamw(0.1, mu_dtype="foo"), TypeError),
+        *("scale_by_stable_adam", "mu_dtype", "floating-point or complex numbers", "'foo'"),
+    ),
+    "complex average of real leaves": (
+        *(lambda: rmsjax.scale_by_stable_adam(mu_dtype="complex64").init({"w": jnp.ones(2)}), TypeError),
+        *("scale_by_stable_adam", "mu_dtype", "floating-point numbers for leaf 'w'.* float32", "'complex64'"),
+    ),
+    "real average of complex leaves": (
+        *(lambda: rmsjax.scale_by_stable_adam(mu_dtype="bfloat16").init({"w": jnp.ones(2, complex)}), TypeError),
+        *("scale_by_stable_adam", "mu_dtype", "complex numbers for leaf 'w'.* complex64", "'bfloat16'"),
+    ),
     "decay without params": (
         *(lambda: update(rmsjax.stable_adamw(0.1), TREE), ValueError),
         *("scale_by_stable_adam", "update", "needs the parameters", "params"),

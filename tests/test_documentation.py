@@ -64,3 +64,17 @@ def test_formulas_arrive_as_they_were_written(module, pages):
 def as_rendered(formula):
     r"""The underscore in \text{max\_rms} needs no backslash in MathJax."""
     return " ".join(formula.replace(r"\_", "_").split())
+
+
+def test_what_takes_no_scope_is_named_in_the_guide():
+    public = {name: getattr(rmsjax, name) for name in rmsjax.__all__}
+    signatures = {name: inspect.signature(value) for name, value in public.items() if inspect.isfunction(value)}
+    alone = {
+        f"`{name}`"
+        for name, signature in signatures.items()
+        if "tree" in signature.parameters or "GradientTransformation" in str(signature.return_annotation)
+        if "scope" not in signature.parameters
+    }
+    assert alone
+    sentence = re.search(r"All functions of trees, .*?:\n", inspect.getdoc(rmsjax), re.S).group()
+    assert set(re.findall("`.*?`", sentence)) == {"`scope`", *alone}

@@ -272,6 +272,32 @@ def test_in_16_bits_norms_stay_to_half_a_ulp_of_an_element(dtype, learning_rate)
         assert off[-100:].mean() <= 2 * off[:200].mean() + 1e-4  # no drift
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_in_16_bits_each_element_is_rounded_once(dtype):
+    """Twice, where it has changed its sign, or by more than a factor of 2."""
+    rng = np.random.default_rng(3)
+    narrow = [jnp.asarray(rng.normal(size=(16, 16)), dtype) for _ in range(2)]
+    start, got, exact = map(np.float32, (narrow[0], moved(*narrow, 0.5), moved(*map(jnp.float32, narrow), 0.5)))
+    once = np.float32(jnp.asarray(exact).astype(dtype))
+    is_near = (once / start >= 0.5) & (once / start <= 2)
+    assert 20 < is_near.sum() < 236
+    np.testing.assert_array_equal(got[is_near], once[is_near])
+    ulps = np.spacing(np.maximum(np.abs(once), np.abs(once - start))) * 2.0**23 * float(jnp.finfo(dtype).eps)
+    assert (np.abs(got - once) <= ulps).all()
+
+
+@pytest.mark.parametrize("learning_rate", [0.3, 1.0, 10.0])
+def test_norms_after_large_steps(learning_rate):
+    for seed in range(5):
+        params, grads = jnp.float32(np.random.default_rng(seed).normal(size=(2, 3, 4)))
+        assert ulps_off(moved(params, grads, learning_rate), params, (0, 1)) <= 16
+
+
+def moved(params, grads, learning_rate):
+    tx = rmsjax.hyperball(optax.sgd(1.0), learning_rate)
+    return optax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+
+
 def by_layer(path, leaf):
     return (1, 2) if leaf.ndim == 3 else "block"
 
@@ -364,11 +390,24 @@ def test_no_step_where_there_is_no_direction_or_no_size():
     assert jnp.isfinite(updates).all()
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_parameters_and_updates_of_any_size(size):
-    params = jnp.asarray(size * np.random.default_rng(5).normal(size=(3, 4)), jnp.float32)
-    ((updates, _),) = stepped(rmsjax.hyperball(optax.sgd(1.0), 0.1), params[::-1] / size**1.2 * size, params=params)
-    assert ulps_off(params + updates, params, (0, 1)) <= 2
+@pytest.mark.parametrize("form", ["cpu", "cuda", "tpu"], indirect=True)
+def test_parameters_and_updates_of_any_size(form):
+    """Up to where twice a parameter overflows, or the step is a subnormal number."""
+    signs = np.where(np.random.default_rng(5).normal(size=(3, 4)) > 0, 1, -1)
+    of_one = {"alike": np.ones((3, 4)), "signed": signs * np.linspace(0.7, 1, 12).reshape(3, 4)}
+    grads = {name: jnp.asarray(-0.3 * np.roll(w, 1, 1) - 0.05 * signs, jnp.float32) for name, w in of_one.items()}
+    tx = rmsjax.hyperball(optax.sgd(1.0), 0.1)
+    init, update = jax.jit(tx.init), jax.jit(tx.update)
+    for size in (1e-34, 1e-20, 1.0, 1e38, 1.6e38, 1.8e38, 3e38):
+        for of_updates in (1e-30, 1.0, 1e38):
+            params = {name: jnp.asarray(size * w, jnp.float32) for name, w in of_one.items()}
+            state = init(params)
+            (held,) = rmsjax.rms_states(state).values()
+            updates, _ = update(jax.tree.map(lambda g, by=of_updates: g * by, grads), state, params)
+            for name, start in params.items():
+                np.testing.assert_allclose(held.param_rms[name], root_mean_square(start), rtol=1e-7)
+                assert ulps_off(start + updates[name], start, (0, 1)) <= 2
+                assert root_mean_square(updates[name]) > 1e-3 * size
 
 
 @pytest.mark.slow
@@ -385,6 +424,13 @@ def test_parameters_of_several_dtypes_beside_updates_of_one(make, x64):
         np.testing.assert_array_equal(together[name], alone[name])
 
 
+@pytest.mark.parametrize("steps", [2, 2.0, np.int64(2), jnp.float32(2), 2**31 - 1])
+def test_a_warmup_is_so_many_steps_long(steps):
+    tx = rmsjax.clip_by_history(1.5, warmup_steps=steps, warmup_max_norm=None)
+    *_, (updates, _) = stepped(tx, *(jnp.full(2, size) for size in (1.0, 8.0, 8.0)))
+    np.testing.assert_allclose(updates, np.full(2, 1.5 if steps == 2 else 8.0))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -393,6 +439,14 @@ def test_parameters_of_several_dtypes_beside_updates_of_one(make, x64):
         (lambda: rmsjax.clip_by_history(0.9), ValueError, "clip_by_history: factor must be at least 1, .*got 0.9"),
         (lambda: rmsjax.clip_by_history(decay=1.0), ValueError, "clip_by_history: decay must be below 1, got 1.0"),
         (lambda: rmsjax.clip_by_history(warmup_steps=-1), ValueError, "warmup_steps must be at least 0, got -1"),
+        *(
+            (
+                lambda n=n: rmsjax.clip_by_history(warmup_steps=n),
+                ValueError,
+                f"warmup_steps must be a whole .* got {got}",
+            )
+            for n, got in ((2.5, 2.5), (2**31, 2**31), (jnp.float32(3e9), 3e9), (float("inf"), "inf"))
+        ),
         (lambda: rmsjax.clip_by_history(warmup_max_norm="1"), TypeError, "warmup_max_norm must be a number, got '1'"),
         (lambda: rmsjax.hyperball(optax.adam, 0.1), TypeError, "hyperball: inner must be an optax optimizer, got the "),
         (

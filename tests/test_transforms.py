@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.datasets import load_digits
 
 import rmsjax
-from rmsjax import _clips, _hyperball, _stable_adam, penalties, report, transforms
+from rmsjax import _clips, _hyperball, _stable_adam, _transforms, penalties, report
 from tests.helpers import optax_suite, stable_adamw
 from tests.helpers.marks import quick_of, slow
 from tests.helpers.optax_suite import ELEMENTS, GRADS, PARAMS, at, scanned
@@ -285,11 +285,15 @@ def test_callable_that_says_block_for_every_leaf(name):
     close(by_call, by_name)
 
 
-@pytest.mark.parametrize("name", ["clip_by_rms", "clip_by_relative_rms", "normalize_by_rms"])
-def test_no_state_is_a_new_one(name):
-    """Code for optax's clips, which keep no state, may have None for it."""
-    tx = ELEMENTS[name].make("block")
-    close(tx.update(at(GRADS, 1), None, PARAMS), run(tx, PARAMS, at(GRADS, 1)))
+@pytest.mark.parametrize("name", optax_suite.ALL)
+def test_no_state_is_a_new_one_or_an_error(name):
+    """Code for optax's clips, which keep no state, may have None for it; not where updates or records depend on it."""
+    tx = optax_suite.ALL[name].make("global")
+    if name in ("clip_by_rms", "clip_by_global_norm", "clip_by_relative_rms", "normalize_by_rms"):
+        close(tx.update(at(GRADS, 1), None, PARAMS), run(tx, PARAMS, at(GRADS, 1)))
+    else:
+        with pytest.raises(ValueError, match=rf"^{name}: update must be given the state, got None; .*tx\.init"):
+            tx.update(at(GRADS, 1), None, PARAMS)
 
 
 TREES = {
@@ -848,7 +852,7 @@ def test_steps_export(name, scope):
 
 def test_importing_the_transformations_again():
     """As in a notebook that reloads what was edited."""
-    again = importlib.util.module_from_spec(spec := importlib.util.find_spec("rmsjax.transforms"))
+    again = importlib.util.module_from_spec(spec := importlib.util.find_spec("rmsjax._transforms"))
     spec.loader.exec_module(again)
     tx = again.record_rms()
     assert tx.update(PARAMS, tx.init(PARAMS))[1].num_updates == 1
@@ -1060,7 +1064,7 @@ def test_a_learning_rate_has_its_sign_however_it_is_given():
         close(run(tx, params, params)[0], expected)
 
 
-@pytest.mark.parametrize("module", [_clips, _hyperball, _stable_adam, transforms, penalties, report])
+@pytest.mark.parametrize("module", [_clips, _hyperball, _stable_adam, _transforms, penalties, report])
 def test_all_that_is_public_is_named_as_such(module):
     own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     assert {name for name in own if not name.startswith("_")} == set(module.__all__)

@@ -24,6 +24,7 @@ from rmsjax._updates import (
     norm_types,
     params_of,
     serializable,
+    with_state,
     zeros,
 )
 
@@ -142,14 +143,13 @@ def normalize_by_rms(
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, NormalizeByRMSState]:
         del params
-        state = init_fn(updates) if state is None else state  # as of peers, which keep none
         grouping = group(name, updates, scope, kind=jnp.inexact)
         norms = measure(grouping, as_mapped(name, axis_name))
         roots = jax.tree.map(lambda r: hypot(r, jnp.sqrt(jnp.asarray(epsilon, r.dtype))), norms)
         updates = rescale(grouping, roots, jax.tree.map(lambda r: jnp.full_like(r, target), norms))
         return updates, NormalizeByRMSState(kept(name, state.rms, grouping, norms))
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return with_state(name, optax.GradientTransformation(init_fn, update_fn), or_new=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- recording
@@ -184,8 +184,8 @@ def record_rms(
 
     Raises:
         TypeError: ema_decay is not a number, or relative not a boolean; at init or update, a leaf is not floating.
-        ValueError: ema_decay is not in [0, 1); at update, relative is True and params are missing or do not fit the
-            updates; and what `clip_by_rms` raises.
+        ValueError: ema_decay is not in [0, 1); at update, the state is None, or relative is True and params are
+            missing or do not fit the updates; and what `clip_by_rms` raises.
 
     Example:
         >>> import jax.numpy as jnp, optax, rmsjax
@@ -234,7 +234,7 @@ def record_rms(
             )
         return updates, RecordRMSState(norms, of_params, average, step)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return with_state(name, optax.GradientTransformation(init_fn, update_fn))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
