@@ -126,7 +126,9 @@ class _Layers:
         self.parts = [_parts(name) for name in self.names]
         self.order = _program_order([index for _, index in self.parts])
         self.place = {k: i for i, k in enumerate(self.order)}
-        self.is_sum = np.all(record.sizes == record.sizes[0], axis=0)  # over the width, as its own size shows none
+        self._keeps_size = np.all(record.sizes == record.sizes[0], axis=0)
+        # A sum over the width has a size that shows none; over depths all sizes are the same, and say nothing.
+        self.is_sum = self._keeps_size & (record.axis == "width")
         self.outer = list(range(len(self.names)))
         for k, after in reversed(list(zip(self.order, self.order[1:], strict=False))):
             same = np.array_equal(record.sizes[:, k], record.sizes[:, after])
@@ -135,7 +137,7 @@ class _Layers:
 
     def _holds(self, outer: int, inner: int) -> bool:
         (path, index), (inside, other) = self.parts[outer], self.parts[inner]
-        is_model = outer == self.order[-1] and bool(self.is_sum[outer])  # which has the name of its type, and no path
+        is_model = outer == self.order[-1] and bool(self._keeps_size[outer])  # which has the name of its type, and no path
         return is_model or (index == other and inside[: len(path)] == path)
 
     def judged(self) -> Iterator[int]:

@@ -264,6 +264,20 @@ def test_verdict_of_a_layer(rms, change, verdict):
     assert not record.doubtful
 
 
+def over_depths(record):
+    """The same norms of models whose layers have one size at every depth."""
+    return dataclasses.replace(record, axis="depth", sizes=np.full_like(record.sizes, 64))
+
+
+@pytest.mark.parametrize(("rms", "change"), [(-0.5, 0.0), (0.0, -0.5), (-0.5, -0.5)])
+def test_only_over_widths_a_layer_of_one_size_is_a_sum(rms, change):
+    """Which may shrink as sums of random terms do; over depths all layers have one size, and none may."""
+    deep = over_depths(record_of([rms], [change]))
+    assert (deep.verdict, deep.verdicts) == ("shrinks", {"layer0": "shrinks"})
+    wide = dataclasses.replace(deep, axis="width")
+    assert (wide.verdict, wide.verdicts) == ("level", {"layer0": "level"})
+
+
 @pytest.mark.parametrize(("rms", "verdict"), [(-0.5, "shrinks"), (0.0, "level"), (0.5, "grows")])
 def test_a_layer_that_does_not_change_is_judged_by_its_norm(rms, verdict):
     record = record_of([rms])
