@@ -87,9 +87,9 @@ class WidthRecord(Record):
     is to blame), and the power of the width by which it is off. `verdict` is "level" without a finding, else what the
     first one is: "grows", "shrinks", or "not finite" if the norm of some activation is.
 
-    These are no findings: an output whose size does not depend on the width and which starts at random, such as the
-    readout or attention scores, shrinks like $\text{width}^{-1/2}$ towards its change, as a sum of random terms does;
-    and an output that a module around it scales is judged as that module returns it.
+    These are no findings: over widths, an output whose size does not depend on them and which starts at random, such as
+    the readout or attention scores, shrinks like $\text{width}^{-1/2}$ towards its change, as a sum of random terms
+    does; and an output that a module around it scales is judged as that module returns it.
 
     `verdicts` say the same of each layer by itself, causes and what follows from them alike. A layer is `doubtful` if
     its verdict would be another at one end of its interval, as happens with few or noisy seeds (always with a single

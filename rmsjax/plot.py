@@ -265,7 +265,7 @@ def rms_and_l2(record: WidthRecord, *, step: int = -1, title: str | None = None)
         title: what was measured, such as the parametrisation.
 
     Returns:
-        The figure; the grey line in the right panel grows as the root of the width.
+        The figure; over widths, the grey line in the right panel grows as the root of the width.
 
     Raises:
         ValueError: a step that was not recorded.
@@ -296,7 +296,7 @@ def rms_and_l2(record: WidthRecord, *, step: int = -1, title: str | None = None)
     _widen(panels[0])
     figure.supylabel(f"norm at step {range(record.steps + 1)[step]}" if record.steps else "norm")
     lines = drawn[0]
-    if panels[0].get_yscale() == "log":
+    if panels[0].get_yscale() == "log" and record.axis == "width":  # over depths no layer changes its size
         bottom, x = panels[0].get_ylim()[0], record.widths
         lines += panels[1].plot(x, 2 * bottom * np.sqrt(x / x[0]), color="0.75", linewidth=5, zorder=0)
         labels.append("as the root of the width")

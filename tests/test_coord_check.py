@@ -18,6 +18,7 @@ from scipy import stats
 
 import rmsjax
 from rmsjax import WidthRecord, _coord_check, _models, _training, compare_widths, coord_check
+from rmsjax._verdicts import Finding
 from tests.helpers.marks import slow
 from tests.helpers.parametrisations import (
     ResidualMLP,
@@ -354,6 +355,25 @@ def test_text():
         "verdict: grows (1 of 2 layers)",
         "- layer1: its initial scale is off by width^+1.00 ±0.00: divide it by width^1",
     ]
+
+
+@pytest.mark.parametrize("changes", [(0.5, 0.5), (0.0, -0.5), (0.0, np.nan)])
+@pytest.mark.parametrize("power", [-1.0, 0.0, 0.5])
+def test_text_speaks_of_the_axis_of_the_record(power, changes):
+    wide = record_of([0.0, power], changes)
+    wide.rms[:] *= np.where(np.isnan(changes), np.nan, 1)
+    deep = over_depths(wide)
+    assert {finding.axis for finding in deep.findings} <= {"depth"}
+    assert "width" in str(wide)
+    assert "width" not in str(deep)
+    assert "width" not in " ".join(map(str, deep.findings))
+
+
+@pytest.mark.parametrize("kind", ["not finite", "initial scale", "learning rate", "passes on", "training"])
+def test_every_finding_speaks_of_its_axis(kind):
+    wide, deep = (str(Finding("w", kind, 0.5, 0.4, 0.6, "layer", axis)) for axis in ("width", "depth"))
+    assert deep == wide.replace("width", "depth")
+    assert "width" not in deep
 
 
 def test_width_table():

@@ -377,6 +377,14 @@ def test_rms_and_l2(given):
     assert np.log(guide[-1] / guide[0]) / np.log(drawn.widths[-1] / drawn.widths[0]) == pytest.approx(0.5)
 
 
+def test_pictures_over_depths_do_not_speak_of_widths():
+    deep = dataclasses.replace(record(), axis="depth")
+    for figure in (plot.rms_and_l2(deep), plot.coord_check(deep)):
+        words = assert_readable(figure)
+        assert "depth" in words
+        assert not [text for text in words if "width" in text]
+
+
 def test_rms_and_l2_of_nothing_finite():
     drawn = record(steps=0)
     drawn.rms[:] = np.nan
