@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from rmsjax._checks import as_axes, as_mapped
 from rmsjax._norm import rms
@@ -121,7 +122,7 @@ def named_norms(
 
     def of_layer(i: int) -> Array:
         """The norms of the layers of a stacked leaf as a vector; of a leaf of numbers they are the numbers' sizes."""
-        return norms[i].ravel() if leaves[i].ndim > 1 else rms(leaves[i][:, None], 1, axis_name=axis_name)
+        return _whole(norms[i].ravel() if leaves[i].ndim > 1 else rms(leaves[i][:, None], 1, axis_name=axis_name))
 
     def of_layers(key: int | str) -> list[Named]:
         members = pools[key]
@@ -151,6 +152,12 @@ def interleaved(parts: Iterable[tuple[str | None, list[T]]]) -> Iterator[T]:
     for stack, found in itertools.groupby(parts, key=lambda part: part[0]):
         lists = [each for _, each in found]
         yield from itertools.chain.from_iterable(lists if stack is None else zip(*lists, strict=True))
+
+
+def _whole(norms: Array) -> Array:
+    """Norms that each device has all of: where axes are explicit, JAX takes no entry out of a vector that is split."""
+    sharding: Any = jax.typeof(norms).sharding
+    return jax.sharding.reshard(norms, sharding.update(spec=P())) if any(sharding.spec) else norms
 
 
 def _together(norms: Sequence[Array], counts: Sequence[Any]) -> Array:
