@@ -271,8 +271,7 @@ def test_layers_that_are_split_over_devices():
     np.testing.assert_allclose([got[f"layer/{k}"] for k in range(3)], want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kinds", ["Explicit Explicit", "Explicit Auto"])
-@pytest.mark.parametrize("is_set", [True, False])
+@pytest.mark.parametrize(("kinds", "is_set"), [("Explicit Explicit", True), ("Explicit Auto", False)])
 def test_layers_that_lie_on_different_devices(kinds, is_set):
     """Split over layers, over another axis, over both, and not: one by one, and joined under a label."""
     types = tuple(getattr(jax.sharding.AxisType, kind) for kind in kinds.split())
