@@ -5,6 +5,7 @@ import itertools
 import re
 import subprocess
 import sys
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -240,6 +241,35 @@ def test_lr_sweep_of_other_widths_and_of_what_diverges():
     assert np.isnan(right[1].get_ydata()).all()
     single = assert_readable(plot.lr_sweep(dataclasses.replace(first, axis="depth")))
     assert {"depth", "best rate\nfalls by a factor of 31.6"} <= single
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 5.0, 1e7])
+def test_lr_sweep_of_losses_of_any_sign(shift):
+    """Larger losses are higher up; the best of each width is in the picture, and what explodes is not."""
+    records = {"a": swept([4, 3, 1]), "b": swept([4, 4, 4])}
+    figure = plot.lr_sweep({k: dataclasses.replace(each, loss=each.loss - shift) for k, each in records.items()})
+    assert_readable(figure)
+    for ax, each in zip(figure.axes, records.values(), strict=True):
+        bottom, top = ax.get_ylim()
+        assert bottom < each.final.min() - shift < 2.3 - shift < top < 1e6 - shift
+        assert ax.get_yscale() == ("linear" if shift else "log")
+
+
+def test_lr_sweep_that_learns_nothing():
+    """What starts below all that comes later is no bound of the picture."""
+    worse = swept([1, 1, 1])
+    worse.loss[..., 0] = 1e-3
+    bottom, top = plot.lr_sweep(worse).axes[0].get_ylim()
+    assert bottom < worse.final.min() < top
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_lr_sweep_of_nothing_finite(value):
+    gone = swept([1, 1, 1])
+    gone.loss[:] = value
+    with warnings.catch_warnings(action="error"):
+        figure = plot.lr_sweep(gone)
+        assert {"best rate\nis not known", "final loss"} <= {text.get_text() for text in render(figure)[1]}
 
 
 @pytest.mark.parametrize(
