@@ -138,7 +138,8 @@ class _Layers:
 
     def _holds(self, outer: int, inner: int) -> bool:
         (path, index), (inside, other) = self.parts[outer], self.parts[inner]
-        is_model = outer == self.order[-1] and bool(self._keeps_size[outer])  # which has the name of its type, and no path
+        # Which has the name of its type, and no path.
+        is_model = outer == self.order[-1] and bool(self._keeps_size[outer])
         return is_model or (index == other and inside[: len(path)] == path)
 
     def judged(self) -> Iterator[int]:
