@@ -5,6 +5,7 @@ A parameter is a leaf of the tree, or one layer of a leaf that a loop over layer
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +81,8 @@ def sizes(chosen: list[Parameter], trees: Sequence[Any]) -> list[OrderedDict[str
     for k, gain in zip(rows, partitioned_by_xla(gains, scaled) if rows else [], strict=True):
         norms[k] = norms[k] * gain
     names = [p.name for p in chosen]
-    return [OrderedDict(zip(names, norms[i : i + len(names)], strict=True)) for i in range(0, len(norms), len(names))]
+    ends = [k * len(names) for k in range(len(trees) + 1)]
+    return [OrderedDict(zip(names, norms[i:j], strict=True)) for i, j in itertools.pairwise(ends)]
 
 
 def _of(parameter: Parameter, leaves: list[Array]) -> Array:

@@ -366,10 +366,3 @@ def test_files_of_older_versions_load(tmp_path):
     again = WidthRecord.load(tmp_path / "new.npz")
     assert again.parameters == record.parameters
     np.testing.assert_array_equal(again.effects, record.effects)
-
-
-def test_parameters_are_the_same_at_every_width():
-    with pytest.raises(
-        ValueError, match=r"same parameters at every width; at widths 8 and 16 they differ in \['bias'\]"
-    ):
-        check(lambda width, rngs: nnx.Linear(8, width, use_bias=width > 8, rngs=rngs), loss=lambda y, _: jnp.mean(y))
