@@ -240,7 +240,7 @@ class WidthRecord(Record):
 
     def _conclusion(self) -> list[str]:
         hit = [layer for layer, word in self.verdicts.items() if word == self.verdict]
-        where = "" if self.verdict == "level" else f" ({len(hit)} of {counted(len(self.layers), 'layer')})"
+        where = f" ({len(hit)} of {counted(len(self.layers), 'layer')})" if hit and self.verdict != "level" else ""
         doubts = f"; ? = another verdict within the interval: use more than {counted(len(self.seeds), 'seed')}"
         found = self.findings
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []

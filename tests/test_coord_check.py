@@ -357,6 +357,19 @@ def test_text():
     ]
 
 
+@pytest.mark.parametrize("layer", [0.0, 0.5])
+def test_text_of_a_finding_that_no_layer_shows(layer):
+    """What a parameter does by itself may be hidden in the layer, which is level; then no number of layers is given."""
+    plain = record_of([0.0], [layer])
+    norms, effects = np.ones((*plain.change.shape[:3], 1)), np.ones((4, 3, 1, 1)) * plain.widths[:, None, None, None]
+    moved = norms * np.arange(2)[:, None]
+    given = {"parameters": ("layer0/kernel",), "parameter_norms": norms, "parameter_changes": moved, "effects": effects}
+    record = dataclasses.replace(plain, **given)
+    assert [finding.kind for finding in record.findings] == ["learning rate"]
+    where = "" if layer == 0 else " (1 of 1 layer)"
+    assert f"verdict: grows{where}\n- layer0/kernel: its change grows" in str(record)
+
+
 @pytest.mark.parametrize("changes", [(0.5, 0.5), (0.0, -0.5), (0.0, np.nan)])
 @pytest.mark.parametrize("power", [-1.0, 0.0, 0.5])
 def test_text_speaks_of_the_axis_of_the_record(power, changes):
