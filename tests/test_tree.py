@@ -218,6 +218,11 @@ def test_layers_of_a_stack_are_leaves_by_themselves(dtype, axis):
     ]
 
 
+@pytest.mark.parametrize("axis", [np.int64(1), np.array(1), jnp.int32(1), -1, np.int8(-1)])
+def test_the_axis_of_a_stack_is_any_integer(axis):
+    assert [*rms_by_path({"w": jnp.ones((2, 3))}, stacked={"w": axis})] == ["w/0", "w/1", "w/2"]
+
+
 def test_the_whole_tree_may_be_a_stack():
     assert [*rms_by_path(stack()[0]["blocks"], stacked="")][:4] == ["0/bias", "0/kernel", "0/scale", "1/bias"]
     assert [*rms_by_path(jnp.ones((2, 3)), stacked="")] == ["0", "1"]
