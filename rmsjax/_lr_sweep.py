@@ -256,7 +256,7 @@ def lr_sweep(
         ValueError: as in `coord_check`, but layers may differ; fewer than two rates, one of them twice, or not
             positive; batches that differ in shape.
 
-    All but the last of these types come before anything is compiled.
+    All of them come before anything is compiled.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, optax
