@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from rmsjax._checks import as_axes, as_mapped
 from rmsjax._norm import rms
@@ -29,13 +31,7 @@ class Layers:
     """Which leaves of a tree hold layers, along which axis, and how the layers are called."""
 
     def __init__(self, function: str, stacked: Any, sep: str, paths: Sequence[str]) -> None:
-        given: Any = [stacked] if isinstance(stacked, str) else stacked
-        axes: Any = dict.fromkeys(given, 0) if isinstance(given, list | tuple) else given
-        if not isinstance(axes, Mapping) or not all(isinstance(p, str) and isinstance(a, int) for p, a in axes.items()):
-            raise TypeError(
-                f"{function}: stacked must be a path, several, or a dict from path to axis, got {stacked!r:.80}"
-            )
-        self._axes: Mapping[str, int] = axes
+        self._axes = _as_stacked(function, stacked)
         self._function, self._sep = function, sep
         self._counts: dict[str, tuple[int, str]] = {}
         for prefix in self._axes.keys() - {self.prefix(path) for path in paths}:
@@ -58,7 +54,8 @@ class Layers:
         if shape[axis] != count:
             raise ValueError(
                 f"{self._function}: stacked leaves must have as many layers: expected {count} at {path!r}, as "
-                f"{first!r} has, got {shape[axis]} along axis {axis} of shape {shape}"
+                f"{first!r} has, got {shape[axis]} along axis {axis} of shape {shape}; a leaf whose layers lie along "
+                "another axis needs a path of its own in a dict from path to axis"
             )
         return axis
 
@@ -67,6 +64,25 @@ class Layers:
         prefix = self.prefix(path) or ""
         rest = path[len(prefix) :].removeprefix(self._sep)
         return self._sep.join(part for part in (prefix, str(layer), rest) if part)
+
+
+def _as_stacked(function: str, stacked: Any) -> dict[str, int]:
+    """The paths of what is stacked, and along which axis."""
+    pairs: Any = stacked.items() if isinstance(stacked, Mapping) else None
+    if isinstance(stacked, str | list | tuple):
+        pairs = [(path, 0) for path in ([stacked] if isinstance(stacked, str) else stacked)]
+    axes: dict[str, int] = {}
+    try:
+        for path, axis in pairs:
+            if not isinstance(path, str) or isinstance(axis, bool):
+                raise TypeError
+            axes[path] = operator.index(axis)
+    except TypeError:
+        raise TypeError(
+            f"{function}: stacked must be a path, several, or a dict from path to axis, got {stacked!r:.80}; write "
+            "stacked='blocks', or stacked={'blocks': 1} if layers lie along axis 1"
+        ) from None
+    return axes
 
 
 class Named(NamedTuple):
@@ -121,7 +137,7 @@ def named_norms(
 
     def of_layer(i: int) -> Array:
         """The norms of the layers of a stacked leaf as a vector; of a leaf of numbers they are the numbers' sizes."""
-        return norms[i].ravel() if leaves[i].ndim > 1 else rms(leaves[i][:, None], 1, axis_name=axis_name)
+        return _whole(norms[i].ravel() if leaves[i].ndim > 1 else rms(leaves[i][:, None], 1, axis_name=axis_name))
 
     def of_layers(key: int | str) -> list[Named]:
         members = pools[key]
@@ -151,6 +167,12 @@ def interleaved(parts: Iterable[tuple[str | None, list[T]]]) -> Iterator[T]:
     for stack, found in itertools.groupby(parts, key=lambda part: part[0]):
         lists = [each for _, each in found]
         yield from itertools.chain.from_iterable(lists if stack is None else zip(*lists, strict=True))
+
+
+def _whole(norms: Array) -> Array:
+    """Norms that each device has all of: where axes are explicit, JAX takes no entry out of a vector that is split."""
+    sharding: Any = jax.typeof(norms).sharding
+    return jax.sharding.reshard(norms, sharding.update(spec=P())) if any(sharding.spec) else norms
 
 
 def _together(norms: Sequence[Array], counts: Sequence[Any]) -> Array:
@@ -193,7 +215,7 @@ def rms_by_path(
         A dict from path to norm, in the order of the leaves.
 
     Raises:
-        TypeError: sep is not a string.
+        TypeError: sep is not a string, stacked neither paths nor a dict from paths to integers.
         ValueError: two entries have the same path; a path in stacked is not one of the tree, its leaves have no such
             axis or not as many layers as each other, the scope gives axes for them, or a label to them and to others;
             and all that `tree_rms` raises.

@@ -87,9 +87,9 @@ class WidthRecord(Record):
     is to blame), and the power of the width by which it is off. `verdict` is "level" without a finding, else what the
     first one is: "grows", "shrinks", or "not finite" if the norm of some activation is.
 
-    These are no findings: an output whose size does not depend on the width and which starts at random, such as the
-    readout or attention scores, shrinks like $\text{width}^{-1/2}$ towards its change, as a sum of random terms does;
-    and an output that a module around it scales is judged as that module returns it.
+    These are no findings: over widths, an output whose size does not depend on them and which starts at random, such as
+    the readout or attention scores, shrinks like $\text{width}^{-1/2}$ towards its change, as a sum of random terms
+    does; and an output that a module around it scales is judged as that module returns it.
 
     `verdicts` say the same of each layer by itself, causes and what follows from them alike. A layer is `doubtful` if
     its verdict would be another at one end of its interval, as happens with few or noisy seeds (always with a single
@@ -108,7 +108,7 @@ class WidthRecord(Record):
         change: the RMS norm of the activation minus the same activation at step 0.
         sizes: the number of elements of each activation for one example of the batch.
         loss: the loss at each step; NaN if nothing was trained.
-        parameters: the names of the parameters; of a stacked leaf each layer is one.
+        parameters: the names of the parameters; of a stacked leaf each layer is one. None over depths.
         parameter_norms: the RMS operator norm of each kernel, and the RMS norm of all other parameters.
         parameter_changes: those of the parameter minus the same parameter at step 0.
         effects: the RMS norm of the change of each activation if one parameter alone is as its first update leaves it.
@@ -240,7 +240,7 @@ class WidthRecord(Record):
 
     def _conclusion(self) -> list[str]:
         hit = [layer for layer, word in self.verdicts.items() if word == self.verdict]
-        where = "" if self.verdict == "level" else f" ({len(hit)} of {counted(len(self.layers), 'layer')})"
+        where = f" ({len(hit)} of {counted(len(self.layers), 'layer')})" if hit and self.verdict != "level" else ""
         doubts = f"; ? = another verdict within the interval: use more than {counted(len(self.seeds), 'seed')}"
         found = self.findings
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
@@ -303,9 +303,10 @@ def coord_check(
     the depth; with branches $f(x) / \text{depth}$ it is level, at the learning rate of all depths. Layers whose number
     depends on the depth, such as "blocks/3/up" or one of a scan, are compared where they are at the same share of the
     depth, under the names of the shallowest model. A block that returns the stream shows how it grows; norms hide it.
+    Findings then name layers alone, for the share that each parameter has in a change rightly falls with the depth.
 
     Each width compiles one program, in which one seed trains after another; activations and parameters never leave it.
-    It keeps two more copies of the parameters, and runs the model once more for each parameter. The model sees
+    It keeps two more copies of the parameters, and runs the model once more for each of them. The model sees
     the same batch and the same random numbers (dropout) at every step, and its state other than parameters (running
     averages) stays as it is, so that only learning changes an activation.
 
@@ -337,7 +338,7 @@ def coord_check(
             batch and kwargs have; make_model does not return a Flax module, make_optimizer no optax transformation, or
             the loss no floating-point number.
         ValueError: fewer than two widths, no step, no seed, one of them twice; a batch without a target; widths at
-            which the model has different layers; arrays on several meshes with explicit axes.
+            which the model has different layers or parameters; arrays on several meshes with explicit axes.
 
     All of them come before anything is compiled.
 
@@ -377,10 +378,10 @@ def coord_check(
     optimizers = {size: as_optimizer(function, make_optimizer(size)) for size in sizes}
 
     def train(size: int, call: Call, keys: Array) -> _Measured:
-        train_one = partial(_train, partial(make_model, size), optimizers[size], loss, steps, call)
+        train_one = partial(_train, partial(make_model, size), optimizers[size], loss, steps, axis, call)
         return for_each(keys, train_one)
 
-    check = partial(_layers, function, axis, sizes)
+    check = partial(_shared, function, axis, sizes)
     measured = run_each(function, axis, train, calls, keys, check=check, progress=progress)
     return _record(function, axis, sizes, seeds, measured)
 
@@ -443,7 +444,7 @@ def compare_widths(
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
     given = {width: (calls[width], [params for params, _ in trained[width]]) for width in widths}
-    check = partial(_layers, function, "width", widths)
+    check = partial(_shared, function, "width", widths)
     measured = run_each(function, "width", measure, given, check=check, progress=False)
     return _record(function, "width", widths, list(range(len(by_width[0]))), measured)
 
@@ -475,17 +476,20 @@ def _train(
     optimizer: optax.GradientTransformationExtraArgs,
     loss: Callable[[Any, Any], Any],
     steps: int,
+    axis: str,
     call: Call,
     key: Array,
 ) -> _Measured:
-    """One width, one seed."""
+    """One size, one seed."""
     params, objective = learner("coord_check", make_model, loss, call, key)
 
     def measured(params: Any) -> tuple[Array, _Activations]:
         return measure_layers(objective, params, call)
 
     _, shapes = jax.eval_shape(measured, params)
-    initial, chosen = params, _parameters.parameters(params, shapes)
+    initial = params
+    # Over depths none: the share of each parameter in a change rightly falls.
+    chosen = _parameters.parameters(params, shapes) if axis == "width" else []
 
     def step(carry: Any, index: Array) -> tuple[Any, Any]:
         params, state, first, moved = carry
@@ -495,12 +499,14 @@ def _train(
         norms = _norms(now), _norms_of_change(now, first)
         own = _parameters.sizes(chosen, [params, jax.tree.map(_difference, params, initial)])
         after, state = advance(optimizer, objective, call, value, grads, params, state)
-        moved = _parameters.first_moves(initial, moved, grads, params, after)
+        moved = _parameters.first_moves(initial, moved, grads, params, after) if chosen else moved
         return (after, state, first, moved), (norms, own, value)
 
     start = params, optimizer.init(params), blank(shapes), initial
     (_, _, _, moved), ((rms, change), (norms, changes), losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
-    effects = _parameters.effects(chosen, lambda params: measured(params)[1], _norms_of_change, initial, moved)
+    effects: OrderedDict[str, Any] = OrderedDict()
+    if chosen:
+        effects = _parameters.effects(chosen, lambda params: measured(params)[1], _norms_of_change, initial, moved)
     return _Measured(rms, change, _sizes(shapes), losses, norms, changes, effects)
 
 
@@ -552,9 +558,17 @@ def _layers(function: str, axis: str, sizes: list[int], measured: list[_Measured
 _Place: TypeAlias = tuple[str, tuple[int, ...]]  # the name of an activation, and the iterations of loops
 
 
+def _shared(
+    function: str, axis: str, sizes: list[int], measured: list[_Measured]
+) -> tuple[list[dict[str, _Place]], list[dict[str, str]]]:
+    """The layers and the parameters that are compared, by the names that they share; ValueError if these differ."""
+    layers = _layers(function, axis, sizes, measured)
+    return layers, shared_names(function, axis, sizes, "parameters", [each.parameter_norms for each in measured])
+
+
 def _record(function: str, axis: str, sizes: list[int], seeds: list[int], measured: list[_Measured]) -> WidthRecord:
     """What was measured at each size, as arrays."""
-    places, names = _layers(function, axis, sizes, measured), _own(function, axis, sizes, measured)
+    places, names = _shared(function, axis, sizes, measured)
     layers, parameters = tuple(places[0]), tuple(names[0])
     chosen = [[at[layer] for layer in layers] for at in places]
 
@@ -587,10 +601,3 @@ def _record(function: str, axis: str, sizes: list[int], seeds: list[int], measur
         parameters, by_parameter("parameter_norms"), by_parameter("parameter_changes"),
         np.stack([effects(*each) for each in zip(measured, names, chosen, strict=True)]), axis,
     )  # fmt: skip
-
-
-def _own(function: str, axis: str, sizes: list[int], measured: list[_Measured]) -> list[dict[str, str]]:
-    """The names of the parameters that are compared; none over depths, where the share of each layer rightly falls."""
-    if axis == "depth":
-        return [{} for _ in sizes]
-    return shared_names(function, axis, sizes, "parameters", [each.parameter_norms for each in measured])

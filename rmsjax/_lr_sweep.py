@@ -256,7 +256,7 @@ def lr_sweep(
         ValueError: as in `coord_check`, but layers may differ; fewer than two rates, one of them twice, or not
             positive; batches that differ in shape.
 
-    All but the last of these types come before anything is compiled.
+    All of them come before anything is compiled.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, optax
@@ -315,7 +315,7 @@ def _train(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False) if is_array(leaf) else leaf, calls
         )
 
-    params, objective = learner("lr_sweep", make_model, loss, at(0), key)
+    params, objective = learner("lr_sweep", make_model, loss, at(0), key, positional="batches[0]")
     try:
         optimizer = as_optimizer("lr_sweep", make_optimizer(rate))
     except jax.errors.JAXTypeError as error:
@@ -357,13 +357,17 @@ def _stacked(function: str, batches: Any, kwargs: Any) -> tuple[Call, int]:
             f"{function}: batches must be a list of batches, such as [(x, labels)], got {described(batches)}; to train "
             "on a single one write [batch]"
         )
-    each: Any = kwargs if isinstance(kwargs, (list, tuple)) else [kwargs] * len(batches)
+    has_list = isinstance(kwargs, (list, tuple))
+    each: Any = kwargs if has_list else [kwargs] * len(batches)
     if len(each) != len(batches):
         raise ValueError(
             f"{function}: kwargs, if they are a list, must be one for each batch, got {len(each)} for "
             f"{counted(len(batches), 'batch', 'batches')}"
         )
-    calls = [as_call(function, batch, given) for batch, given in zip(batches, each, strict=True)]
+    calls = [
+        as_call(function, batch, given, names=(f"batches[{k}]", f"kwargs[{k}]" if has_list else "kwargs"))
+        for k, (batch, given) in enumerate(zip(batches, each, strict=True))
+    ]
     leaves, treedef = jax.tree.flatten(calls[0])
     for k, call in enumerate(calls):
         others, other_treedef = jax.tree.flatten(call)
@@ -371,8 +375,8 @@ def _stacked(function: str, batches: Any, kwargs: Any) -> tuple[Call, int]:
         if different or other_treedef != treedef:
             first, other = different[0] if different else (treedef, other_treedef)
             raise ValueError(
-                f"{function}: batches must be alike, since one program trains on all of them; batch {k} has "
-                f"{described(other)} where the first has {described(first)}. Leave out a last one that is smaller"
+                f"{function}: batches must be alike, since one program trains on all of them; batches[{k}] has "
+                f"{described(other)} where batches[0] has {described(first)}. Leave out a last one that is smaller"
             )
     return jax.tree.map(lambda *same: jnp.stack(same) if is_array(same[0]) else same[0], *calls), len(calls)
 

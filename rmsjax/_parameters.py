@@ -5,6 +5,7 @@ A parameter is a leaf of the tree, or one layer of a leaf that a loop over layer
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -36,17 +37,17 @@ def parameters(params: Any, activations: Mapping[str, Any]) -> list[Parameter]:
     for k, (path, leaf) in enumerate(zip(leaf_paths(params), jax.tree.leaves(params), strict=True)):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact) or not leaf.size:
             continue
-        parts = path.removesuffix("/value").split("/")
-        name, stacked = "/".join(parts), _is_stacked(parts, leaf, activations)
+        parts = path.split("/")
+        stacked = _is_stacked(parts, leaf, activations)
         rank = leaf.ndim - stacked
         matrix = rank >= 2 and parts[-1] != "embedding"
         # Projections to the heads of an attention are the only kernels of Flax with several axes for the output.
         heads = rank == 3 and len(parts) > 1 and parts[-2] in ("query", "key", "value")
         in_axes = (1 if heads else rank - 1) if matrix else None
         if stacked:
-            found += [Parameter(f"{name}[{layer}]", k, layer, in_axes) for layer in range(leaf.shape[0])]
+            found += [Parameter(f"{path}[{layer}]", k, layer, in_axes) for layer in range(leaf.shape[0])]
         else:
-            found.append(Parameter(name, k, None, in_axes))
+            found.append(Parameter(path, k, None, in_axes))
     return found
 
 
@@ -80,7 +81,8 @@ def sizes(chosen: list[Parameter], trees: Sequence[Any]) -> list[OrderedDict[str
     for k, gain in zip(rows, partitioned_by_xla(gains, scaled) if rows else [], strict=True):
         norms[k] = norms[k] * gain
     names = [p.name for p in chosen]
-    return [OrderedDict(zip(names, norms[i : i + len(names)], strict=True)) for i in range(0, len(norms), len(names))]
+    ends = [k * len(names) for k in range(len(trees) + 1)]
+    return [OrderedDict(zip(names, norms[i:j], strict=True)) for i, j in itertools.pairwise(ends)]
 
 
 def _of(parameter: Parameter, leaves: list[Array]) -> Array:

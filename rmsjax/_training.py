@@ -37,16 +37,16 @@ class Call(NamedTuple):
     target: Any
 
 
-def as_call(function: str, batch: Any, kwargs: Any) -> Call:
-    """A batch and the keyword arguments that go with it."""
+def as_call(function: str, batch: Any, kwargs: Any, *, names: tuple[str, str] = ("batch", "kwargs")) -> Call:
+    """A batch and the keyword arguments that go with it; `names` are what messages call them."""
     if not isinstance(batch, (tuple, list)) or len(cast(Sequence[Any], batch)) < 2:
         got = f"a {type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else described(batch)
-        raise ValueError(f"{function}: batch must be a tuple such as (x, labels), the target last, got {got}")
+        raise ValueError(f"{function}: {names[0]} must be a tuple such as (x, labels), the target last, got {got}")
     *args, target = cast(Sequence[Any], batch)
-    return Call(tuple(args), as_kwargs(function, kwargs), target)
+    return Call(tuple(args), as_kwargs(function, kwargs, argument=names[1]), target)
 
 
-def as_kwargs(function: str, kwargs: Any) -> dict[str, Any]:
+def as_kwargs(function: str, kwargs: Any, *, argument: str = "kwargs") -> dict[str, Any]:
     """Keyword arguments of the model; none for None."""
     if kwargs is None:
         return {}
@@ -55,7 +55,7 @@ def as_kwargs(function: str, kwargs: Any) -> dict[str, Any]:
         if all(isinstance(name, str) for name in given):
             return given
     raise TypeError(
-        f"{function}: kwargs must be the keyword arguments of the model by their names, such as "
+        f"{function}: {argument} must be the keyword arguments of the model by their names, such as "
         f'{{"mask": mask}}, got {described(kwargs)}'
     )
 
@@ -127,11 +127,20 @@ def as_optimizer(function: str, optimizer: Any) -> optax.GradientTransformationE
 
 
 def learner(
-    function: str, make_model: Callable[[nnx.Rngs], Any], loss: Callable[[Any, Any], Any], call: Call, key: Array
+    function: str,
+    make_model: Callable[[nnx.Rngs], Any],
+    loss: Callable[[Any, Any], Any],
+    call: Call,
+    key: Array,
+    *,
+    positional: str = "batch",
 ) -> tuple[Any, Callable[[Any, Call], Array]]:
-    """The parameters of a new model, and its loss as a function of (params, call), in which layers are tagged."""
+    """The parameters of a new model, and its loss as a function of (params, call), in which layers are tagged.
+
+    `positional` is where the arguments of the call come from, as in `check_call`.
+    """
     model = make_model(nnx.Rngs(key))
-    check_call(function, model, call)
+    check_call(function, model, call, positional=positional)
     if isinstance(model, nn.Module):
         kwargs = {name: value for name, value in call.kwargs.items() if name not in ("rngs", "mutable")}
         rngs = {**streams(call.kwargs.get("rngs")), "params": key}  # parameters are those of the seed in any case

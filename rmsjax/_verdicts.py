@@ -48,7 +48,7 @@ class Slopes(NamedTuple):
 class Finding(NamedTuple):
     """Something that depends on the width: of which parameter or layer, what about it, as which power, and where.
 
-    The interval is that of the power; the layer is the one at whose output it was seen.
+    The interval is that of the power; the layer is the one at whose output it was seen. The axis is that of the record.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Finding(NamedTuple):
     low: float
     high: float
     layer: str
+    axis: str = "width"
 
     @property
     def word(self) -> str:
@@ -73,13 +74,13 @@ class Finding(NamedTuple):
             return f"{self.name}: not finite"
         nearest = abs(round(2 * self.power) / 2)
         interval = f" ±{self.high - self.power:.2f}" if math.isfinite(self.high) else ""
-        scales = f"{self.word} as width^{self.power:+.2f}{interval}"
+        scales = f"{self.word} as {self.axis}^{self.power:+.2f}{interval}"
         does = "divide" if self.power > 0 else "multiply"
-        by = f"by width^{nearest:g}"
+        by = f"by {self.axis}^{nearest:g}"
         return (
             f"{self.name}: "
             + {
-                "initial scale": f"its initial scale is off by width^{self.power:+.2f}{interval}: {does} it {by}",
+                "initial scale": f"its initial scale is off by {self.axis}^{self.power:+.2f}{interval}: {does} it {by}",
                 "learning rate": f"its change {scales}: {does} its learning rate {by}",
                 "passes on": f"what it makes of changes before it {scales}: {does} its scale {by}",
                 "training": f"its change over all steps {scales}",
@@ -126,7 +127,9 @@ class _Layers:
         self.parts = [_parts(name) for name in self.names]
         self.order = _program_order([index for _, index in self.parts])
         self.place = {k: i for i, k in enumerate(self.order)}
-        self.is_sum = np.all(record.sizes == record.sizes[0], axis=0)  # over the width, as its own size shows none
+        self._keeps_size = np.all(record.sizes == record.sizes[0], axis=0)
+        # A sum over the width has a size that shows none; over depths all sizes are the same, and say nothing.
+        self.is_sum = self._keeps_size & (record.axis == "width")
         self.outer = list(range(len(self.names)))
         for k, after in reversed(list(zip(self.order, self.order[1:], strict=False))):
             same = np.array_equal(record.sizes[:, k], record.sizes[:, after])
@@ -135,7 +138,8 @@ class _Layers:
 
     def _holds(self, outer: int, inner: int) -> bool:
         (path, index), (inside, other) = self.parts[outer], self.parts[inner]
-        is_model = outer == self.order[-1] and bool(self.is_sum[outer])  # which has the name of its type, and no path
+        # Which has the name of its type, and no path.
+        is_model = outer == self.order[-1] and bool(self._keeps_size[outer])
         return is_model or (index == other and inside[: len(path)] == path)
 
     def judged(self) -> Iterator[int]:
@@ -174,7 +178,7 @@ def judge(record: WidthRecord) -> list[Finding]:
     values = np.stack([record.rms, record.change])
     for k in layers.order:
         if not np.all(np.isfinite(values[..., -1, k])):
-            return [Finding(record.layers[k], "not finite", np.nan, np.nan, np.nan, record.layers[k])]
+            return [Finding(record.layers[k], "not finite", np.nan, np.nan, np.nan, record.layers[k], record.axis)]
     effects = _Effects(record, layers)
     rates = _rates(record, layers, effects)
     found = _initial(record, layers, effects)
@@ -186,7 +190,7 @@ def judge(record: WidthRecord) -> list[Finding]:
 
 def _finding(name: str, kind: Kind, slopes: Slopes, layer: int, record: WidthRecord) -> Finding:
     mean, low, high = (float(values[layer] if values.ndim else values) for values in map(np.asarray, slopes))
-    return Finding(name, kind, mean, low, high, record.layers[layer])
+    return Finding(name, kind, mean, low, high, record.layers[layer], record.axis)
 
 
 class _Effects:

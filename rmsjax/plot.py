@@ -265,7 +265,7 @@ def rms_and_l2(record: WidthRecord, *, step: int = -1, title: str | None = None)
         title: what was measured, such as the parametrisation.
 
     Returns:
-        The figure; the grey line in the right panel grows as the root of the width.
+        The figure; over widths, the grey line in the right panel grows as the root of the width.
 
     Raises:
         ValueError: a step that was not recorded.
@@ -296,7 +296,7 @@ def rms_and_l2(record: WidthRecord, *, step: int = -1, title: str | None = None)
     _widen(panels[0])
     figure.supylabel(f"norm at step {range(record.steps + 1)[step]}" if record.steps else "norm")
     lines = drawn[0]
-    if panels[0].get_yscale() == "log":
+    if panels[0].get_yscale() == "log" and record.axis == "width":  # over depths no layer changes its size
         bottom, x = panels[0].get_ylim()[0], record.widths
         lines += panels[1].plot(x, 2 * bottom * np.sqrt(x / x[0]), color="0.75", linewidth=5, zorder=0)
         labels.append("as the root of the width")
@@ -309,7 +309,7 @@ def lr_sweep(records: SweepRecord | Mapping[str, SweepRecord], *, title: str | N
 
     A ring marks the best rate of each width. Where the rate transfers, as in muP, the rings are one above the other;
     in standard parametrisation they move to the left. Runs that have diverged are left out, and losses far above that
-    of the start are beyond the picture.
+    of the start are beyond the picture. The scale is logarithmic, if all losses are positive.
 
     Args:
         records: what `rmsjax.lr_sweep` returned, or several of these by their names, such as
@@ -348,17 +348,24 @@ def lr_sweep(records: SweepRecord | Mapping[str, SweepRecord], *, title: str | N
     figure, panels = _panels(len(named), labels, title, "learning rate")
     styles = dict(zip(widths.tolist(), _styles(), strict=False))
     lines: dict[int, Line2D] = {}
+    final = _finite(record.final for record in named.values())
     for panel, (name, record) in zip(panels, named.items(), strict=True):
         for width, losses, best in zip(record.widths.tolist(), record.final, record.best_rates.values(), strict=True):
             finite = np.where(np.isfinite(losses), losses, np.nan)
             (lines[width],) = panel.plot(record.learning_rates, finite, **styles[width])
             panel.plot(best, np.min(losses), "o", ms=11, mfc="none", mec=styles[width]["color"], mew=1.6)
         panel.set_xscale("log")
-        _log_scale(panel, record.final)
+        if np.all(final > 0):
+            _log_scale(panel, final)
         panel.grid(which="major", color=STYLE["grid.color"])
         panel.set_title(f"{name}{': ' if name else ''}best rate\n{moves(record.drift)}")
-    start = max(np.nanmax(record.loss[..., 0]) for record in named.values())
-    panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 2 * start))
+    start = _finite(record.loss[..., 0] for record in named.values())
+    if final.size and start.size:
+        least, worst = np.min(final), np.max(start)
+        # As far above the start as 0 is below it or, where losses may be negative, as the best of them is.
+        top = 2 * worst - (0 if least > 0 else least)
+        if top > least:
+            panels[0].set_ylim(top=min(panels[0].get_ylim()[1], top))
     figure.supylabel("final loss")
     _legend_beside(figure, [lines[width] for width in widths.tolist()], labels, axes.pop())
     return figure
@@ -448,7 +455,7 @@ def _over_width(ax: Axes, record: WidthRecord, values: np.ndarray, title: str) -
 
 def _log_scale(ax: Axes, values: np.ndarray) -> None:
     """A logarithmic scale, unless there is nothing to show in one; zeros are left out."""
-    if np.any(values > 0):
+    if np.any(np.isfinite(values) & (values > 0)):
         ax.set_yscale("log", nonpositive="mask")
         ax.yaxis.set_minor_formatter(_minor_formatter())
 
@@ -464,6 +471,12 @@ def _widen(ax: Axes) -> None:
     if ax.get_yscale() == "log" and top < 100 * bottom:
         middle = np.sqrt(bottom * top)
         ax.set_ylim(middle / 10, middle * 10)
+
+
+def _finite(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """The finite numbers in arrays, as a vector."""
+    values = np.concatenate([np.ravel(array) for array in arrays])
+    return values[np.isfinite(values)]
 
 
 def _columns(names: Iterable[str], values: Sequence[str]) -> list[str]:

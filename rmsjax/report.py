@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmsjax._by_path import Layers, Stacked, interleaved, named_norms
+from rmsjax._checks import described
 from rmsjax._text import text_table
 from rmsjax._tree import Scope, is_state, leaf_paths
 
@@ -115,7 +117,8 @@ def rms_report(
         sep: what separates the parts of a path.
         stacked: the path of what holds stacked layers, as in `rms_by_path`: each layer has a line of its own, also of
             norms that were recorded for each layer. Of these it is the path of the parameters, without that of a state.
-        params: the parameters, or their shapes, that recorded norms belong to. These then have their shares as well.
+        params: the parameters, or their shapes, that recorded norms of updates belong to. These then have their shares
+            as well; but leaves with exactly the same norm have none, since a label may have pooled them.
 
     Returns:
         A sequence of lines (path, shape, dtype, rms, share, clipped) that prints as a table, in a notebook as HTML.
@@ -123,7 +126,7 @@ def rms_report(
 
     Raises:
         TypeError: the tree is traced: under `jit` use `rms_by_path`; and what `tree_rms` raises.
-        ValueError: order is not one of the two; and what `tree_rms` raises.
+        ValueError: order is not one of the two; params, but the tree holds no states; and what `tree_rms` raises.
 
     Example:
         >>> import jax.numpy as jnp
@@ -141,7 +144,13 @@ def rms_report(
         raise ValueError(f"rms_report: order must be 'tree' or 'worst', got {order!r}")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError("rms_report: the tree must have values, not tracers; under jit use rms_by_path")
-    alike = [*_recorded(tree, sep, stacked, params)] or [[*_measured(tree, scope, sep, stacked)]]
+    recorded = [*_recorded(tree, sep, stacked, params)]
+    if params is not None and not recorded:
+        raise ValueError(
+            "rms_report: params go with a tree that holds states of rmsjax's transformations, got "
+            f"{described(tree)} without any; pass the optimizer's state, or leave params out"
+        )
+    alike = recorded or [[*_measured(tree, scope, sep, stacked)]]
     ranked = [(badness, row) for rows in alike for badness, row in zip(_badness(rows), rows, strict=True)]
     if order == "worst":
         ranked.sort(key=lambda entry: entry[0], reverse=True)
@@ -173,18 +182,28 @@ def _recorded(tree: PyTree, sep: str, stacked: Stacked, params: PyTree) -> Itera
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_state)[0]
     states = [(jax.tree_util.keystr(path, simple=True, separator=sep), node) for path, node in nodes if is_state(node)]
     fields = [(prefix, state, field) for prefix, state in states for field in state.norm_fields]
-    paths = [path for _, state, field in fields for path in leaf_paths(getattr(state, field), sep)]
-    layers = Layers("rms_report", stacked if fields else (), sep, paths)
+    everywhere = [path for _, state, field in fields for path in leaf_paths(getattr(state, field), sep)]
+    layers = Layers("rms_report", stacked if fields else (), sep, everywhere)
     sizes = dict(zip(leaf_paths(params, sep), map(np.size, jax.tree.leaves(params)), strict=True))
     for prefix, state, field in fields:
-        norms, is_first = getattr(state, field), field == state.norm_fields[0]
-        clipped = jax.tree.leaves(getattr(state, "share_clipped", None)) if is_first else []
-        lines = itertools.zip_longest(leaf_paths(norms, sep), jax.tree.leaves(norms), clipped)
+        norms = getattr(state, field)
+        paths, values = leaf_paths(norms, sep), [np.asarray(norm) for norm in jax.tree.leaves(norms)]
+        clipped = jax.tree.leaves(getattr(state, "share_clipped", None)) if field == state.norm_fields[0] else []
+        lines = itertools.zip_longest(paths, values, clipped)
         rows = [*interleaved(_by_layer(layers, *line, sizes) for line in lines)]
-        known = is_first and all(count is not None for *_, count in rows)
+        known = field == "rms" and all(count is not None for *_, count in rows)  # a ratio has no share in anything
         shares = _shares([(norm, count or 0) for _, norm, _, count in rows]) if known else [None] * len(rows)
+        times = Counter(norm.tobytes() for norm in values if norm.any())
+        pooled = {path for path, norm in zip(paths, values, strict=True) if times[norm.tobytes()] > 1}
         yield [
-            RMSRow(sep.join(filter(None, (prefix, field, path))), None, None, norm, share_clipped, share)
+            RMSRow(
+                sep.join(filter(None, (prefix, field, path))),
+                None,
+                None,
+                norm,
+                share_clipped,
+                None if path in pooled else share,
+            )
             for (path, norm, share_clipped, _), share in zip(rows, shares, strict=True)
         ]
 

@@ -215,11 +215,23 @@ MISTAKES = {
     ),
     "a stack of the wrong type": (
         *(lambda: rms_by_path({"blocks": TREE}, stacked=3), TypeError),
-        *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", "got 3"),
+        *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", "got 3; write stacked="),
+    ),
+    "a stack that is no path": (
+        *(lambda: rms_by_path({"blocks": TREE}, stacked=[["blocks"]]), TypeError),
+        *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", r"got \[\['blocks'\]\]; write"),
+    ),
+    "a stack along a boolean": (
+        *(lambda: rms_by_path({"blocks": TREE}, stacked={"blocks": True}), TypeError),
+        *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", "got {'blocks': True}; write"),
+    ),
+    "a stack along a boolean of NumPy": (
+        *(lambda: rms_by_path({"blocks": TREE}, stacked={"blocks": np.True_}), TypeError),
+        *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", "got {'blocks': .*True_?}; write"),
     ),
     "a stack along two axes": (
         *(lambda: rms_by_path({"blocks": TREE}, stacked={"blocks": (0, 1)}), TypeError),
-        *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", r"got {'blocks': \(0, 1\)}"),
+        *("rms_by_path", "stacked", "a path, several, or a dict from path to axis", r"got {'blocks': \(0, 1\)}; write"),
     ),
     "a stack along an axis that a leaf does not have": (
         *(lambda: rms_by_path({"blocks": TREE}, stacked={"blocks": 1}), ValueError),
@@ -227,7 +239,7 @@ MISTAKES = {
     ),
     "stacked leaves with other numbers of layers": (
         *(lambda: rms_by_path({"blocks": TREE}, stacked="blocks"), ValueError),
-        *("rms_by_path", "stacked leaves", "as many layers", "4 at 'blocks/w', as 'blocks/b' has", "got 2 along"),
+        *("rms_by_path", "stacked leaves", "as many layers", "4 at 'blocks/w', as 'blocks/b' has", "got 2 .*; a leaf"),
     ),
     "axes for stacked leaves": (
         *(lambda: rms_by_path({"blocks": X}, stacked="blocks", scope=(0, 1)), ValueError),

@@ -18,6 +18,7 @@ from scipy import stats
 
 import rmsjax
 from rmsjax import WidthRecord, _coord_check, _models, _training, compare_widths, coord_check
+from rmsjax._verdicts import Finding
 from tests.helpers.marks import slow
 from tests.helpers.parametrisations import (
     ResidualMLP,
@@ -264,6 +265,20 @@ def test_verdict_of_a_layer(rms, change, verdict):
     assert not record.doubtful
 
 
+def over_depths(record):
+    """The same norms of models whose layers have one size at every depth."""
+    return dataclasses.replace(record, axis="depth", sizes=np.full_like(record.sizes, 64))
+
+
+@pytest.mark.parametrize(("rms", "change"), [(-0.5, 0.0), (0.0, -0.5), (-0.5, -0.5)])
+def test_only_over_widths_a_layer_of_one_size_is_a_sum(rms, change):
+    """Which may shrink as sums of random terms do; over depths all layers have one size, and none may."""
+    deep = over_depths(record_of([rms], [change]))
+    assert (deep.verdict, deep.verdicts) == ("shrinks", {"layer0": "shrinks"})
+    wide = dataclasses.replace(deep, axis="width")
+    assert (wide.verdict, wide.verdicts) == ("level", {"layer0": "level"})
+
+
 @pytest.mark.parametrize(("rms", "verdict"), [(-0.5, "shrinks"), (0.0, "level"), (0.5, "grows")])
 def test_a_layer_that_does_not_change_is_judged_by_its_norm(rms, verdict):
     record = record_of([rms])
@@ -340,6 +355,38 @@ def test_text():
         "verdict: grows (1 of 2 layers)",
         "- layer1: its initial scale is off by width^+1.00 ±0.00: divide it by width^1",
     ]
+
+
+@pytest.mark.parametrize("layer", [0.0, 0.5])
+def test_text_of_a_finding_that_no_layer_shows(layer):
+    """What a parameter does by itself may be hidden in the layer, which is level; then no number of layers is given."""
+    plain = record_of([0.0], [layer])
+    norms, effects = np.ones((*plain.change.shape[:3], 1)), np.ones((4, 3, 1, 1)) * plain.widths[:, None, None, None]
+    moved = norms * np.arange(2)[:, None]
+    given = {"parameters": ("layer0/kernel",), "parameter_norms": norms, "parameter_changes": moved, "effects": effects}
+    record = dataclasses.replace(plain, **given)
+    assert [finding.kind for finding in record.findings] == ["learning rate"]
+    where = "" if layer == 0 else " (1 of 1 layer)"
+    assert f"verdict: grows{where}\n- layer0/kernel: its change grows" in str(record)
+
+
+@pytest.mark.parametrize("changes", [(0.5, 0.5), (0.0, -0.5), (0.0, np.nan)])
+@pytest.mark.parametrize("power", [-1.0, 0.0, 0.5])
+def test_text_speaks_of_the_axis_of_the_record(power, changes):
+    wide = record_of([0.0, power], changes)
+    wide.rms[:] *= np.where(np.isnan(changes), np.nan, 1)
+    deep = over_depths(wide)
+    assert {finding.axis for finding in deep.findings} <= {"depth"}
+    assert "width" in str(wide)
+    assert "width" not in str(deep)
+    assert "width" not in " ".join(map(str, deep.findings))
+
+
+@pytest.mark.parametrize("kind", ["not finite", "initial scale", "learning rate", "passes on", "training"])
+def test_every_finding_speaks_of_its_axis(kind):
+    wide, deep = (str(Finding("w", kind, 0.5, 0.4, 0.6, "layer", axis)) for axis in ("width", "depth"))
+    assert deep == wide.replace("width", "depth")
+    assert "width" not in deep
 
 
 def test_width_table():

@@ -220,16 +220,27 @@ def test_a_bar(capsys):
         ({"batches": (X, X)}, TypeError, r"batches must be a list .* \[\(x, labels\)\], got .* write \[batch\]$"),
         ({"batches": X}, TypeError, r"batches must be a list .* got an array of shape \(16, 8\)"),
         ({"batches": []}, TypeError, r"batches must be a list .* got \[\]"),
-        ({"batches": [(X,)]}, ValueError, r"batch must be a tuple such as \(x, labels\)"),
+        (
+            {"batches": [(X, X), (X,)]},
+            ValueError,
+            r"batches\[1\] must be a tuple such as \(x, labels\), .* a tuple of 1$",
+        ),
+        (
+            {"batches": [(X,) * 4]},
+            TypeError,
+            r"the model is called by .* with what batches\[0\] has \(3 without the t",
+        ),
+        ({"kwargs": [3]}, TypeError, r"kwargs\[0\] must be the keyword arguments .* got 3$"),
+        ({"kwargs": 3}, TypeError, "kwargs must be the keyword arguments .* got 3$"),
         (
             {"batches": [(X, X), (X[:3], X[:3])]},
             ValueError,
-            r"batches must be alike, .*; batch 1 has an array of shape \(3, 8\) .* first has an array of shape \(16, ",
+            r"batches must be alike, .*; batches\[1\] has .* shape \(3, 8\) .* batches\[0\] has .* shape \(16, 8\)",
         ),
         (
             {"batches": [(X, True, X), (X, 1, X)]},
             ValueError,
-            "batches must be alike, .* batch 1 has 1 where .* has True",
+            r"batches must be alike, .* batches\[1\] has 1 where batches\[0\] has True",
         ),
         ({"kwargs": [{}, {}]}, ValueError, "kwargs, .* must be one for each batch, got 2 for 1 batch$"),
         (
@@ -249,7 +260,8 @@ def test_errors(kwargs, error, message, monkeypatch):
 
 
 @pytest.mark.parametrize("use", [float, bool, lambda rate: np.log(rate)])
-def test_an_optimizer_that_asks_for_the_value_of_the_rate(use):
+def test_an_optimizer_that_asks_for_the_value_of_the_rate(use, monkeypatch):
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)  # nothing is compiled before
     with pytest.raises(TypeError) as raised:
         sweep(make_optimizer=lambda width, rate: optax.sgd(use(rate)))
     assert "lr_sweep: learning_rate is traced" in raised.value.__notes__[0]

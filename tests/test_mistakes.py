@@ -235,6 +235,16 @@ def test_a_parameter_is_followed_from_its_first_move():
     assert np.all(effect < change[:, :, 3])
 
 
+def test_names_of_parameters_are_their_paths():
+    """Of a leaf that is called value as well; boxes are no part of a path."""
+    tree = {"attention": {"value": jnp.ones((2, 2)), "key": {"value": jnp.ones(2)}}, "value": jnp.ones(2)}
+    names = ["attention/key/value", "attention/value", "value"]
+    assert [p.name for p in _parameters.parameters(tree, {})] == names
+    assert [p.name for p in _parameters.parameters(jax.tree.map(nnx.Param, tree), {})] == names
+    state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Param)
+    assert [p.name for p in _parameters.parameters(state, {})] == ["bias", "kernel"]
+
+
 def test_parameters_that_are_split_over_devices():
     """Also a stacked kernel, on a mesh with explicit axes."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
@@ -367,10 +377,3 @@ def test_files_of_older_versions_load(tmp_path):
     again = WidthRecord.load(tmp_path / "new.npz")
     assert again.parameters == record.parameters
     np.testing.assert_array_equal(again.effects, record.effects)
-
-
-def test_parameters_are_the_same_at_every_width():
-    with pytest.raises(
-        ValueError, match=r"same parameters at every width; at widths 8 and 16 they differ in \['bias'\]"
-    ):
-        check(lambda width, rngs: nnx.Linear(8, width, use_bias=width > 8, rngs=rngs), loss=lambda y, _: jnp.mean(y))

@@ -5,6 +5,7 @@ import itertools
 import re
 import subprocess
 import sys
+import warnings
 from unittest import mock
 
 import numpy as np
@@ -242,6 +243,35 @@ def test_lr_sweep_of_other_widths_and_of_what_diverges():
     assert {"depth", "best rate\nfalls by a factor of 31.6"} <= single
 
 
+@pytest.mark.parametrize("shift", [0.0, 1.0, 5.0, 1e7])
+def test_lr_sweep_of_losses_of_any_sign(shift):
+    """Larger losses are higher up; the best of each width is in the picture, and what explodes is not."""
+    records = {"a": swept([4, 3, 1]), "b": swept([4, 4, 4])}
+    figure = plot.lr_sweep({k: dataclasses.replace(each, loss=each.loss - shift) for k, each in records.items()})
+    assert_readable(figure)
+    for ax, each in zip(figure.axes, records.values(), strict=True):
+        bottom, top = ax.get_ylim()
+        assert bottom < each.final.min() - shift < 2.3 - shift < top < 1e6 - shift
+        assert ax.get_yscale() == ("linear" if shift else "log")
+
+
+def test_lr_sweep_that_learns_nothing():
+    """What starts below all that comes later is no bound of the picture."""
+    worse = swept([1, 1, 1])
+    worse.loss[..., 0] = 1e-3
+    bottom, top = plot.lr_sweep(worse).axes[0].get_ylim()
+    assert bottom < worse.final.min() < top
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_lr_sweep_of_nothing_finite(value):
+    gone = swept([1, 1, 1])
+    gone.loss[:] = value
+    with warnings.catch_warnings(action="error"):
+        figure = plot.lr_sweep(gone)
+        assert {"best rate\nis not known", "final loss"} <= {text.get_text() for text in render(figure)[1]}
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
@@ -375,6 +405,14 @@ def test_rms_and_l2(given):
             np.testing.assert_array_equal(line.get_ydata(), values)
     guide = right.get_lines()[-1].get_ydata()
     assert np.log(guide[-1] / guide[0]) / np.log(drawn.widths[-1] / drawn.widths[0]) == pytest.approx(0.5)
+
+
+def test_pictures_over_depths_do_not_speak_of_widths():
+    deep = dataclasses.replace(record(), axis="depth")
+    for figure in (plot.rms_and_l2(deep), plot.coord_check(deep)):
+        words = assert_readable(figure)
+        assert "depth" in words
+        assert not [text for text in words if "width" in text]
 
 
 def test_rms_and_l2_of_nothing_finite():

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -195,6 +196,25 @@ def test_shares_in_a_state():
     }
 
 
+def test_no_share_where_a_label_may_have_pooled_leaves():
+    """The state has the norm of the pool at each of its leaves; the other leaves have the shares that are theirs."""
+    params = {"a": jnp.full(4, 1.0), "b": jnp.full(12, 3.0), "c": jnp.full(8, 2.0), "z": jnp.zeros(3)}
+    for make in (record_rms, partial(clip_by_rms, 1.0), normalize_by_rms):
+        tx = make(scope=lambda path, leaf: "few" if path in ("a", "b") else "block")
+        _, state = tx.update(params, tx.init(params))
+        report = rms_report(state, params=params)
+        assert [row.share for row in report] == [None, None, pytest.approx(32 / 144), 0]
+
+
+def test_only_norms_of_updates_have_shares():
+    params = {"a": jnp.full(4, 1.0), "b": jnp.full(12, 3.0)}
+    for tx in (stable_adamw(1e-3), clip_by_relative_rms(0.1), record_rms("block", relative=True, ema_decay=0.5)):
+        grads = {"a": jnp.full(4, 2.0), "b": jnp.full(12, 5.0)}
+        _, state = tx.update(grads, tx.init(params), params)
+        shares = {row.path.split("/")[-2]: row.share for row in rms_report(state, params=params)}
+        assert {field for field, share in shares.items() if share is not None} == {"rms"} & {*shares}
+
+
 def test_states_of_a_chain():
     tx = optax.named_chain(
         ("clip", clip_by_rms(1.0, "block")),
@@ -244,6 +264,10 @@ def test_errors():
         TypeError, match="rms_report: the tree must have values, not tracers; under jit use rms_by_path"
     ):
         jax.jit(rms_report)(TREE)
+    with pytest.raises(
+        ValueError, match=r"rms_report: params go with a tree that holds states .*, got a dict with .*;"
+    ):
+        rms_report({"a": jnp.ones(2)}, params={"a": jnp.ones(2)})
     with pytest.raises(TypeError, match="rms_report: leaf 'a' must be an array of numbers"):
         rms_report({"a": "text"})
     with pytest.raises(ValueError, match="rms_report: scope axis 1 is out of range"):

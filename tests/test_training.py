@@ -330,6 +330,36 @@ def test_what_differs_between_widths_is_said_before_anything_is_compiled(nothing
     with pytest.raises(ValueError, match=r"compare_widths: the model must have the same layers at every width"):
         norms(other_layers, (X, Y))
 
+    def other_parameters(width, rngs):
+        return nnx.Linear(8, 1, use_bias=width == 8, rngs=rngs)
+
+    message = r"coord_check: the model must have the same parameters at every width; .* they differ in \['bias'\]"
+    with pytest.raises(ValueError, match=message):
+        coordinates(other_parameters, (X, Y))
+
+
+def test_of_parameters_nothing_is_measured_over_depths():
+    """Neither their norms nor their effects, for which the model would run once more for each of them."""
+    runs = []
+
+    class Counted(nnx.Module):
+        def __init__(self, size, rngs):
+            self.layer = nnx.Linear(8, 1, use_bias=size < 3, rngs=rngs)
+
+        def __call__(self, x):
+            runs.append(x)
+            return self.layer(x)
+
+    def runs_over(**sizes):
+        runs.clear()
+        record = coordinates(Counted, (X, Y), **sizes)
+        return len(runs), record.parameters, record.effects.shape[2:]
+
+    over_widths, *named = runs_over(widths=[1, 2])
+    over_depths, *unnamed = runs_over(widths=None, depths=[1, 3])
+    assert (named, unnamed) == ([("layer/bias", "layer/kernel"), (2, 2)], [(), (0, 2)])
+    assert over_depths < over_widths
+
 
 def test_arguments_as_a_function_that_returns_no_tuple():
     with pytest.raises(

@@ -1,5 +1,6 @@
 """Scopes of a tree, and the containers that a tree may be made of."""
 
+import contextlib
 import dataclasses
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import pytest
 from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
-from rmsjax import rms, rms_by_path, rms_penalty, tree_rms
+from rmsjax import rms, rms_by_path, rms_penalty, rms_report, tree_rms
 from rmsjax._boxes import unboxed
 
 RNG = np.random.default_rng(0)
@@ -217,6 +218,11 @@ def test_layers_of_a_stack_are_leaves_by_themselves(dtype, axis):
     ]
 
 
+@pytest.mark.parametrize("axis", [np.int64(1), np.array(1), jnp.int32(1), -1, np.int8(-1)])
+def test_the_axis_of_a_stack_is_any_integer(axis):
+    assert [*rms_by_path({"w": jnp.ones((2, 3))}, stacked={"w": axis})] == ["w/0", "w/1", "w/2"]
+
+
 def test_the_whole_tree_may_be_a_stack():
     assert [*rms_by_path(stack()[0]["blocks"], stacked="")][:4] == ["0/bias", "0/kernel", "0/scale", "1/bias"]
     assert [*rms_by_path(jnp.ones((2, 3)), stacked="")] == ["0", "1"]
@@ -268,6 +274,25 @@ def test_layers_that_are_split_over_devices():
     got = jax.shard_map(norms, mesh=mesh, in_specs=(specs,), out_specs=P())(tree)
     want = [pooled(tree["split"][k], tree["whole"][k]) for k in range(3)]
     np.testing.assert_allclose([got[f"layer/{k}"] for k in range(3)], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kinds", "is_set"), [("Explicit Explicit", True), ("Explicit Auto", False)])
+def test_layers_that_lie_on_different_devices(kinds, is_set):
+    """Split over layers, over another axis, over both, and not: one by one, and joined under a label."""
+    types = tuple(getattr(jax.sharding.AxisType, kind) for kind in kinds.split())
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=types)
+    specs = {"layers": P("data"), "rows": P(None, "data"), "all": P("model", "data"), "scale": P("data"), "whole": P()}
+    tree = {k: RNG.normal(size=(4, 8, 2) if k != "scale" else 4).astype(np.float32) for k in specs}
+    placed = {k: jax.device_put(x, jax.sharding.NamedSharding(mesh, specs[k])) for k, x in tree.items()}
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        for scope in ("block", lambda path, leaf: "layer"):
+            norms = partial(rms_by_path, stacked="", scope=scope)
+            want = norms(tree)
+            for got in (norms(placed), jax.jit(norms)(placed)):
+                assert {*got} == {*want}
+                np.testing.assert_allclose([got[k] for k in want], [*want.values()], rtol=1e-6)
+        rows = rms_report(placed, stacked="")
+    np.testing.assert_allclose([row.rms[0] for row in rows], [*rms_by_path(tree, stacked="").values()], rtol=1e-6)
 
 
 def test_a_stack_is_not_cut_into_layers():
