@@ -303,6 +303,7 @@ def coord_check(
     the depth; with branches $f(x) / \text{depth}$ it is level, at the learning rate of all depths. Layers whose number
     depends on the depth, such as "blocks/3/up" or one of a scan, are compared where they are at the same share of the
     depth, under the names of the shallowest model. A block that returns the stream shows how it grows; norms hide it.
+    A module that returns its branch times the factor shrinks, as it should: multiply where the branch is added.
     Findings then name layers alone, for the share that each parameter has in a change rightly falls with the depth.
 
     Each width compiles one program, in which one seed trains after another; activations and parameters never leave it.

@@ -677,7 +677,7 @@ def test_no_bar(capsys, monkeypatch):
 def test_only_norms_leave_the_program():
     call = _training.Call((X,), {}, X[:, :1])
     make_model = functools.partial(Frozen, 64)
-    train = functools.partial(_coord_check._train, make_model, optax.adam(1e-3), optax.l2_loss, 4, call)
+    train = functools.partial(_coord_check._train, make_model, optax.adam(1e-3), optax.l2_loss, 4, "width", call)
     leaves = jax.tree.leaves(jax.eval_shape(train, jax.random.key(0)))
     assert max(math.prod(leaf.shape) for leaf in leaves) == 10 * 3  # what ten parameters do to three layers of a loop
 
