@@ -593,6 +593,7 @@ def test_batches_on_several_devices(kind, rows):
     check_split(kind, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hidden",
     [P(None, "data", "model"), slow(P("data", None, "model")), slow(P("model", "data"))],
@@ -602,6 +603,7 @@ def test_activations_on_several_devices(hidden):
     check_split(EXPLICIT, P("data"), hidden)
 
 
+@pytest.mark.slow
 def test_linen():
     record = check(lambda width, rngs: LinenModel([width]), make_optimizer=lambda width: optax.sgd(0.0))
     assert record.layers == ("Dense_0", "BatchNorm_0", "Dropout_0", "Dense_1", "LinenModel")

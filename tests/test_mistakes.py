@@ -70,6 +70,7 @@ def test_the_cause_is_named(config):
     assert str(finding) in " ".join(str(record).split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [slow(0), 5], ids=["zero readout", "random readout, multiplier after it"])
 def test_what_is_right_is_level(index):
     assert not zoo.RIGHT[index].cause
