@@ -24,7 +24,7 @@ from rmsjax import _parameters
 from rmsjax._checks import described
 from rmsjax._models import measure_layers, trainable
 from rmsjax._record import Record
-from rmsjax._reduce import accumulator_dtype, lift
+from rmsjax._reduce import lifted
 from rmsjax._tags import blank
 from rmsjax._text import counted, text_table, with_interval, wrapped
 from rmsjax._training import (
@@ -224,7 +224,8 @@ class WidthRecord(Record):
         for title, quantity, step in judged:
             slopes = Slopes(*(values[step] for values in self.slopes(quantity)))
             columns.append([title, *map(with_interval, slopes.mean, slopes.high)])
-        words = [word + (" ?" if layer in self.doubtful else "") for layer, word in self.verdicts.items()]
+        verdicts, doubtful = self.verdicts, self.doubtful
+        words = [word + (" ?" if layer in doubtful else "") for layer, word in verdicts.items()]
         rows = zip(["layer", *self.layers], *columns, ["verdict", *words], strict=True)
         seeds = counted(len(self.seeds), "seed")
         return "\n".join(
@@ -234,18 +235,18 @@ class WidthRecord(Record):
                 "",
                 text_table(rows),
                 "",
-                *self._conclusion(),
+                *self._conclusion(verdicts, doubtful),
             ]
         )
 
-    def _conclusion(self) -> list[str]:
-        hit = [layer for layer, word in self.verdicts.items() if word == self.verdict]
-        where = f" ({len(hit)} of {counted(len(self.layers), 'layer')})" if hit and self.verdict != "level" else ""
+    def _conclusion(self, verdicts: dict[str, str], doubtful: tuple[str, ...]) -> list[str]:
+        found, verdict = self.findings, self.verdict
+        hit = [layer for layer, word in verdicts.items() if word == verdict]
+        where = f" ({len(hit)} of {counted(len(self.layers), 'layer')})" if hit and verdict != "level" else ""
         doubts = f"; ? = another verdict within the interval: use more than {counted(len(self.seeds), 'seed')}"
-        found = self.findings
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         return [
-            wrapped(f"verdict: {self.verdict}{where}{doubts if self.doubtful else ''}"),
+            wrapped(f"verdict: {verdict}{where}{doubts if doubtful else ''}"),
             *(wrapped(f"- {line}") for line in [*map(str, found[:_SHOWN]), *more]),
         ]
 
@@ -531,8 +532,7 @@ def _norms_of_change(activations: Any, first: Any) -> Any:
 
 def _difference(x: Array, y: Array) -> Array:
     """x - y in float32 at least, in which float16 does not overflow."""
-    dtype = accumulator_dtype(x.dtype)
-    return lift(x, dtype) - lift(y, dtype)
+    return lifted(x) - lifted(y)
 
 
 def _sizes(activations: _Activations) -> OrderedDict[str, Array]:

@@ -55,7 +55,7 @@ class Mutation(NamedTuple):
 
 NAMED = {
     "_coord_check": {
-        "return lift(x, dtype) - lift(y, dtype)": "return x - y",
+        "return lifted(x) - lifted(y)": "return x - y",
     },
     "_models": {
         "x = jnp.moveaxis(x, shards, range(loops, len(axes)))": "pass",
