@@ -217,18 +217,21 @@ def test_effects_are_those_of_one_parameter(recorded):
     assert np.all(effects["frozen/kernel"] == 0)
 
 
+class FromZero(nnx.Module):
+    """A readout of zeros: all else has no gradient before the second step."""
+
+    def __init__(self, width, rngs):
+        self.first = nnx.Linear(8, width, rngs=rngs)
+        self.last = nnx.Linear(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.first(x))
+
+
 def test_a_parameter_is_followed_from_its_first_move():
     """With a readout of zeros all else moves at the second step: that change is taken, not the first or the last."""
 
-    class Model(nnx.Module):
-        def __init__(self, width, rngs):
-            self.first = nnx.Linear(8, width, rngs=rngs)
-            self.last = nnx.Linear(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
-
-        def __call__(self, x):
-            return self.last(self.first(x))
-
-    record = check(Model, steps=3)
+    record = check(FromZero, steps=3)
     effect = record.effects[:, :, record.parameters.index("first/kernel"), record.layers.index("first")]
     change = record.change[:, :, :, record.layers.index("first")]
     assert np.all(change[:, :, 1] == 0)
@@ -280,16 +283,8 @@ def test_sizes_of_parameters_of_all_types(dtype, scale, strict):
 def test_weight_decay_is_no_first_move():
     """With a readout of zeros it moves the other kernels a step before their gradients do."""
 
-    class Model(nnx.Module):
-        def __init__(self, width, rngs):
-            self.first = nnx.Linear(8, width, rngs=rngs)
-            self.last = nnx.Linear(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
-
-        def __call__(self, x):
-            return self.last(self.first(x))
-
     records = [
-        check(Model, make_optimizer=lambda width, decay=decay: optax.adamw(1e-2, weight_decay=decay))
+        check(FromZero, make_optimizer=lambda width, decay=decay: optax.adamw(1e-2, weight_decay=decay))
         for decay in (1e-2, 0.0)
     ]
     (decayed, _), _ = [[record.parameter_changes[0, 0, step] for step in (1, 2)] for record in records]

@@ -22,7 +22,7 @@ import optax
 from flax import nnx
 
 import rmsjax
-from tests.helpers.parametrisations import BASE, BYTES, HEADS, zen_of_python
+from tests.helpers.parametrisations import BASE, BYTES, HEADS, Scores, zen_of_python
 
 WIDTHS = (64, 128, 256, 512)
 CLASSES = 8
@@ -186,14 +186,6 @@ class Attention(nnx.Module):
 
     def _heads(self, x):
         return x.reshape(*x.shape[:-1], HEADS, -1)
-
-
-class Scores(nnx.Module):
-    def __init__(self, scale):
-        self.scale = scale
-
-    def __call__(self, query, key):
-        return self.scale * jnp.einsum("bqhd,bkhd->bhqk", query, key)
 
 
 class FlaxAttention(nnx.Module):
