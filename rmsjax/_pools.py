@@ -74,6 +74,7 @@ class PerPool:
 
 
 @jax.custom_jvp
+@jax.jit  # traced once for each length
 def _unstacked(values: Array) -> list[Array]:
     """The entries of a vector, by indices that compilers do not know.
 
@@ -101,7 +102,7 @@ class Plan(NamedTuple):
     span: Range
 
 
-_SMALL, _STACKED, _PLACE = 70_000, 16, 32
+_SMALL, _STACKED, _PLACE, _KEPT = 70_000, 16, 32, 2**23
 
 
 def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped, *, bounded: bool = False) -> Plan:
@@ -110,8 +111,10 @@ def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped, 
     bounded: whether the leaves are quotients that no one sees, of which none is so large that squares overflow, and
     none that matters so small that they underflow.
 
-    Pools of a leaf each have a vector for as many as are stacked. From one vector for all of them XLA:GPU (jax 0.12)
-    would compile a kernel of its own for each that it takes a number out of; now these are alike from stack to stack.
+    Pools of a leaf each have a vector for so many of one type: what is done with it is compiled once, and XLA:GPU
+    (jax 0.12) puts what is done with its entries, and with the leaves, into few kernels. From one vector for all of
+    them it would compile a kernel for each that it takes a number out of. They are no more leaves than the chip keeps:
+    those that are read for their norms are read again to be scaled.
     """
     over = tuple(map(mapped.of, leaves))
     alike: dict[Any, list[int]] = {}
@@ -119,18 +122,24 @@ def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped, 
         kind: Any = p
         if pool.axes is None and len(pool.members) == 1:
             (i,) = pool.members
-            kind = (jax.typeof(leaves[i]), over[i]) if _is_small(leaves[i], _SMALL) else p
+            kind = (jax.typeof(leaves[i]), over[i])
         elif pool.axes is None:
             kind = frozenset[str]().union(*(varying(leaves[i]) - {*over[i].names} for i in pool.members))
         alike.setdefault(kind, []).append(p)
     places = [
         tuple(group[k : k + most])
         for kind, group in alike.items()
-        for most in [len(group) if isinstance(kind, frozenset) else _PLACE]
+        for most in [len(group) if isinstance(kind, frozenset) else _most_in_place(leaves, pools[group[0]])]
         for k in range(0, len(group), most)
     ]
     span = range_of(*(leaf.dtype for leaf in leaves))
     return Plan(pools, tuple(places), over, span._replace(fits=True, computed=True) if bounded else span)
+
+
+def _most_in_place(leaves: Sequence[Array], like: Pool) -> int:
+    """How many pools of a leaf each, of the type of this one, share a vector."""
+    size = sum(leaves[i].size for i in like.members)
+    return min(_PLACE, _KEPT // size) or 1 if is_known(size) and size else _PLACE
 
 
 def _is_small(leaf: Array, limit: int) -> bool:

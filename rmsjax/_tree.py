@@ -42,8 +42,8 @@ class Grouping(NamedTuple):
     bare: Any  # the structure of the tree without its boxes
 
     def tree(self, values: PerPool) -> Any:
-        """What each pool has, at each of its leaves, without boxes; under scope "global" the one value by itself."""
-        entries = [self._narrow(v, pool) for v, pool in zip(values.entries(self.pools), self.pools, strict=True)]
+        """The norm or count of each pool, at each leaf, without boxes; under scope "global" the one value by itself."""
+        entries = [self._by_itself(v, pool) for v, pool in zip(values.entries(self.pools), self.pools, strict=True)]
         if self.is_global:
             return entries[0]
         found = {i: entry for pool, entry in zip(self.pools, entries, strict=True) for i in pool.members}
@@ -97,11 +97,16 @@ class Grouping(NamedTuple):
             found |= zip(parts, [value] if len(parts) == 1 else jnp.split(value, ends), strict=True)
         return PerPool(tuple(found[place] for place in like.places), like.places)
 
-    def _narrow(self, value: Array, pool: Pool) -> Array:
-        """One float64 leaf makes all sums float64; the norm of a pool without such a leaf is still float32."""
+    def _by_itself(self, value: Array, pool: Pool) -> Array:
+        """One float64 leaf makes all sums float64; the norm of a pool without such a leaf is still float32.
+
+        For each number that is only taken out of a vector XLA:GPU (jax 0.12) has a kernel, but one for dozens that are
+        computed. So the absolute value is taken, which a norm is already.
+        """
         if not jnp.issubdtype(value.dtype, jnp.inexact):
             return value
-        return value.astype(accumulator_dtype(*(self.leaves[i].dtype for i in pool.members)))
+        value = value.astype(accumulator_dtype(*(self.leaves[i].dtype for i in pool.members)))
+        return value if self.is_global or value.ndim else jnp.abs(value)
 
 
 def leaf_paths(tree: Any, sep: str = "/") -> list[str]:

@@ -38,11 +38,13 @@ def test_global_clip_h100(h100, tree):
 def test_block_clip_h100(h100, tree):
     ours, optax = pair(h100, tree, "block clip")
     assert ours.bytes <= 3.1 * size(tree)
-    assert ours.kernels <= 1.2 * optax.kernels
+    assert ours.kernels <= 0.6 * optax.kernels  # of which the numbers of the state have a few
 
 
 def test_block_clip_of_small_leaves_h100(h100):
-    assert program(h100, SMALL, "block clip", "rmsjax").bytes <= 4 * size(SMALL)
+    ours = program(h100, SMALL, "block clip", "rmsjax")
+    assert ours.bytes <= 4 * size(SMALL)
+    assert ours.kernels <= 100
 
 
 @pytest.mark.parametrize("tree", [LARGE, slow(MEDIUM), slow(GPT2)])
