@@ -43,12 +43,13 @@ from rmsjax._training import (
     check_takes,
     for_each,
     integers,
+    keys_of,
     learner,
-    run_each,
+    prepared,
     shared_names,
 )
 from rmsjax._tree import tree_rms
-from rmsjax._verdicts import Finding, Slopes, exponents, judge, logs, over_seeds, words
+from rmsjax._verdicts import Finding, Slopes, exponents, is_in_doubt, judge, logs, over_seeds, words
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -93,12 +94,16 @@ class WidthRecord(Record):
 
     `verdicts` say the same of each layer by itself, causes and what follows from them alike. A layer is `doubtful` if
     its verdict would be another at one end of its interval, as happens with few or noisy seeds (always with a single
-    one); more seeds make the interval smaller.
+    one); more seeds make the interval smaller. The record is `in_doubt` if the findings are: then `coord_check` runs
+    more seeds by itself.
 
     **What a few steps do not show.** Weight decay acts over the time 1/(learning rate · decay): with Adam and learning
     rates of hidden kernels that fall as 1/width, multiply their decay by the width, as optax multiplies it by the rate.
     Adam's epsilon bears on gradients that are not far above it, which get smaller with the width and in training:
-    compare with `gradient_rms`, or choose 1e-12. And a schedule, or a number of steps, that depends on the width.
+    compare with `gradient_rms`, or choose 1e-12. And a schedule, or a number of steps, that depends on the width. With
+    SGD, whose steps are as large as the gradient, queries and keys that start at random begin to learn more slowly in a
+    wider model (their gradient is a sum of random terms over the width, until values and readout agree): a finding
+    about these with SGD or momentum alone is no mistake.
 
     Attributes:
         layers: the names of the activations.
@@ -203,6 +208,14 @@ class WidthRecord(Record):
         return found[0].word if found else "level"
 
     @property
+    def in_doubt(self) -> bool:
+        """Whether intervals are too wide for the first finding, or for there being none.
+
+        It would then be another by the mean slopes alone than if whole intervals had to be nearer to ±1/2 than to 0.
+        """
+        return is_in_doubt(self)
+
+    @property
     def verdicts(self) -> dict[str, str]:
         """What each layer does: "level", "grows", "shrinks" or "not finite"."""
         return dict(zip(self.layers, words(self), strict=True))
@@ -289,6 +302,7 @@ def coord_check(
     kwargs: Kwargs | Callable[[int], Kwargs] | None = None,
     steps: int = 4,
     seeds: int | Iterable[int] = 3,
+    max_seeds: int = 12,
     progress: bool = True,
 ) -> WidthRecord:
     r"""Train a model at several widths for a few steps, and judge how its activations and their changes scale.
@@ -329,6 +343,8 @@ def coord_check(
             the loss is given is what `apply` returns, a tuple of the output and the collections.
         steps: how many steps to train.
         seeds: how many seeds, or which; intervals need two at least, three or more are worth having.
+        max_seeds: while the record is `in_doubt` and has at most so many, as many more are run as in `seeds`, of the
+            numbers that follow. Nothing is compiled for these. A single seed says nothing of doubts.
         progress: show a bar over widths, if tqdm is installed.
 
     Returns:
@@ -371,6 +387,7 @@ def coord_check(
     check_takes(function, "loss", loss, ("output", "target"), "lambda output, target: ...")
     seeds, keys = as_seeds(function, seeds)
     (steps,) = integers(function, "steps", [steps], least=1)
+    (max_seeds,) = integers(function, "max_seeds", [max_seeds], least=1)
     calls = {
         size: as_call(
             function, at_size(function, "batch", batch, axis, size), at_size(function, "kwargs", kwargs, axis, size)
@@ -384,8 +401,14 @@ def coord_check(
         return for_each(keys, train_one)
 
     check = partial(_shared, function, axis, sizes)
-    measured = run_each(function, axis, train, calls, keys, check=check, progress=progress)
-    return _record(function, axis, sizes, seeds, measured)
+    measure = prepared(function, axis, train, calls, keys, check=check, progress=progress)
+    measured = measure(keys)
+    record = _record(function, axis, sizes, seeds, measured)
+    while record.in_doubt and len(record.seeds) + len(seeds) <= max_seeds:
+        further = range(record.seeds[-1] + 1, record.seeds[-1] + 1 + len(seeds))
+        measured = [_joined(*of_size) for of_size in zip(measured, measure(keys_of(further)), strict=True)]
+        record = _record(function, axis, sizes, [*record.seeds, *further], measured)
+    return record
 
 
 def compare_widths(
@@ -447,7 +470,7 @@ def compare_widths(
 
     given = {width: (calls[width], [params for params, _ in trained[width]]) for width in widths}
     check = partial(_shared, function, "width", widths)
-    measured = run_each(function, "width", measure, given, check=check, progress=False)
+    measured = prepared(function, "width", measure, given, check=check)()
     return _record(function, "width", widths, list(range(len(by_width[0]))), measured)
 
 
@@ -519,6 +542,11 @@ def _measure(program: Callable[..., Any], params: Any, call: Call) -> _Measured:
     none: OrderedDict[str, Any] = OrderedDict()
     unchanged = jax.tree.map(jnp.zeros_like, rms)
     return _Measured(rms, unchanged, _sizes(activations), jnp.full(1, jnp.nan), none, none, none)
+
+
+def _joined(measured: _Measured, more: _Measured) -> _Measured:
+    """Of further seeds as well."""
+    return jax.tree.map(lambda *of_seeds: np.concatenate(of_seeds), measured, more)
 
 
 def _norms(activations: Any) -> Any:

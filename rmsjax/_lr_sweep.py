@@ -35,7 +35,7 @@ from rmsjax._training import (
     for_each,
     integers,
     learner,
-    run_each,
+    prepared,
 )
 
 if TYPE_CHECKING:
@@ -294,7 +294,8 @@ def lr_sweep(
         train_one = partial(_train, partial(make_model, size), partial(make_optimizer, size), loss, steps, *calls)
         return for_each(keys, lambda key: for_each(rates, lambda rate: train_one(key, rate)))
 
-    losses = run_each(function, axis, train, calls, keys, jnp.asarray(rates), progress=progress)
+    given = keys, jnp.asarray(rates)
+    losses = prepared(function, axis, train, calls, *given, progress=progress)(*given)
     return SweepRecord(np.array(sizes), np.array(seeds), rates, np.stack(losses).astype(float), axis)
 
 

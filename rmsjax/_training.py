@@ -83,7 +83,11 @@ def as_seeds(function: str, seeds: Any) -> tuple[list[int], Array]:
     if not isinstance(seeds, Iterable):
         seeds = range(*integers(function, "seeds", [seeds], least=1))
     found = integers(function, "seeds", seeds, least=0)
-    return found, jnp.stack([jax.random.key(seed) for seed in found])
+    return found, keys_of(found)
+
+
+def keys_of(seeds: Iterable[int]) -> Array:
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
 def integers(function: str, argument: str, values: Iterable[int], *, least: int, count: int = 1) -> list[int]:
@@ -219,19 +223,19 @@ def check_call(function: str, model: Any, call: Call, *, positional: str = "batc
 # ------------------------------------------------------------------------------------------------------------- programs
 
 
-def run_each(
+def prepared(
     function: str,
     axis: str,
     run: Callable[..., Any],
     calls: Mapping[int, Any],
     *more: Array,
-    progress: bool,
     check: Callable[[list[Any]], Any] | None = None,
-) -> list[Any]:
-    """The results of `run(size, call, *more)` for each size, each compiled as one program.
+    progress: bool = False,
+) -> Callable[..., list[Any]]:
+    """A function of arrays like `more` that returns the results of `run(size, call, *more)` for each size.
 
-    All are traced, and `check` is given the shapes of their results, before the first is compiled: so what is wrong at
-    any size is said at once.
+    Each size is compiled as one program, once. All are traced, and `check` is given the shapes of their results, before
+    the first is compiled: so what is wrong at any size is said at once.
     """
 
     def trace(size: int, call: Any) -> Any:
@@ -243,12 +247,16 @@ def run_each(
     traced = {size: trace(size, call) for size, call in calls.items()}
     if check is not None:
         check([program.out_info for program, _ in traced.values()])
-    results: list[Any] = []
-    for size in with_bar(function, axis, list(calls), progress):
-        program, arrays = traced.pop(size)
+    compiled: dict[int, Callable[..., Any]] = {}
+
+    def result(size: int, more: tuple[Array, ...]) -> Any:
+        program, arrays = traced[size]
         with on_mesh_of(function, arrays):
-            results.append(jax.device_get(program.lower().compile()(arrays, *more)))
-    return results
+            if size not in compiled:
+                compiled[size] = program.lower().compile()
+            return jax.device_get(compiled[size](arrays, *more))
+
+    return lambda *more: [result(size, more) for size in with_bar(function, axis, list(calls), progress)]
 
 
 def for_each(xs: Array, fn: Callable[[Array], Any]) -> Any:

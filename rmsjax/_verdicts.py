@@ -108,11 +108,11 @@ def over_seeds(by_seed: np.ndarray) -> Slopes:
     return Slopes(mean, mean - half, mean + half)
 
 
-def beyond(slopes: Slopes, level: float = LEVEL) -> np.ndarray:
+def beyond(slopes: Slopes, level: float = LEVEL, sure: float = SURE) -> np.ndarray:
     """1 where a slope is a finding that grows, -1 where it is one that shrinks, else 0."""
     nearest = np.maximum(slopes.low, -slopes.high)
-    sure = (nearest > level - LEVEL + SURE) | ~np.isfinite(nearest)  # a single seed says nothing against it
-    far = (np.abs(slopes.mean) > level) & sure
+    is_sure = (nearest > level - LEVEL + sure) | ~np.isfinite(nearest)  # a single seed says nothing against it
+    far = (np.abs(slopes.mean) > level) & is_sure
     return np.where(far, np.sign(slopes.mean), 0).astype(int)
 
 
@@ -172,7 +172,7 @@ def _program_order(loops: list[tuple[int, ...]]) -> list[int]:
     return order
 
 
-def judge(record: WidthRecord) -> list[Finding]:
+def judge(record: WidthRecord, sure: float = SURE) -> list[Finding]:
     """The causes, the first one first; none if all is level."""
     layers = _Layers(record)
     values = np.stack([record.rms, record.change])
@@ -180,12 +180,18 @@ def judge(record: WidthRecord) -> list[Finding]:
         if not np.all(np.isfinite(values[..., -1, k])):
             return [Finding(record.layers[k], "not finite", np.nan, np.nan, np.nan, record.layers[k], record.axis)]
     effects = _Effects(record, layers)
-    rates = _rates(record, layers, effects)
-    found = _initial(record, layers, effects)
-    if not found and (found := _enlarged(record, layers, effects)):
+    rates = _rates(record, layers, effects, sure)
+    found = _initial(record, layers, effects, sure)
+    if not found and (found := _enlarged(record, layers, effects, sure)):
         # What is before that layer has gradients that follow from it; its own learning rate is another matter.
         found += [finding for finding in rates if finding.layer == found[0].layer]
-    return found or rates or _training(record, layers)
+    return found or rates or _training(record, layers, sure)
+
+
+def is_in_doubt(record: WidthRecord) -> bool:
+    """Whether the first finding is another by the means alone than by intervals that are nearer to a half than to 0."""
+    by_mean, by_interval = ([(f.name, f.kind) for f in judge(record, sure)[:1]] for sure in (-math.inf, LEVEL))
+    return by_mean != by_interval
 
 
 def _finding(name: str, kind: Kind, slopes: Slopes, layer: int, record: WidthRecord) -> Finding:
@@ -223,9 +229,9 @@ def _blamed(record: WidthRecord, layers: _Layers, effects: _Effects, layer: int)
     return next((name for name in own if _parts(name)[0][-1] != "bias"), None)
 
 
-def _initial(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Finding]:
+def _initial(record: WidthRecord, layers: _Layers, effects: _Effects, sure: float) -> list[Finding]:
     slopes = over_seeds(exponents(record.widths, record.rms[:, :, 0]))
-    signs = beyond(slopes)
+    signs = beyond(slopes, sure=sure)
     for k in layers.judged():
         # Sums over the width of what is random at the start are meant to vanish: a readout, attention scores.
         if signs[k] > 0 or (signs[k] < 0 and not layers.is_sum[k]):
@@ -234,7 +240,7 @@ def _initial(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Fi
     return []
 
 
-def _enlarged(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Finding]:
+def _enlarged(record: WidthRecord, layers: _Layers, effects: _Effects, sure: float) -> list[Finding]:
     judged = list(layers.judged())
     found: dict[int, list[np.ndarray]] = {}
     for p, own in enumerate(effects.own):
@@ -245,7 +251,7 @@ def _enlarged(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[F
             if layers.place[k] <= layers.place[start] or not effects.reaches[p, k]:
                 continue
             gain = effects.by_seed[:, p, k] - effects.by_seed[:, p, start]
-            if beyond(over_seeds(gain)) > 0:
+            if beyond(over_seeds(gain), sure=sure) > 0:
                 found.setdefault(k, []).append(gain)
                 break
     if not found:
@@ -257,7 +263,7 @@ def _enlarged(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[F
     return [_finding(name or record.layers[k], kind, slopes, k, record)]
 
 
-def _rates(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Finding]:
+def _rates(record: WidthRecord, layers: _Layers, effects: _Effects, sure: float) -> list[Finding]:
     found: list[tuple[int, int, Finding]] = []
     for p, (name, own) in enumerate(zip(record.parameters, effects.own, strict=True)):
         if own is None or not effects.reaches[p, own]:
@@ -265,17 +271,17 @@ def _rates(record: WidthRecord, layers: _Layers, effects: _Effects) -> list[Find
         k = layers.outer[own]
         k = k if effects.reaches[p, k] else own
         slopes = over_seeds(effects.by_seed[:, p, k])
-        if beyond(slopes):
+        if beyond(slopes, sure=sure):
             finding = _finding(name, "learning rate", slopes, k, record)
             found.append((effects.step[p], layers.place[k], finding))
     found.sort(key=lambda entry: entry[:2])
     return [finding for step, _, finding in found if step == found[0][0]]
 
 
-def _training(record: WidthRecord, layers: _Layers) -> list[Finding]:
+def _training(record: WidthRecord, layers: _Layers, sure: float) -> list[Finding]:
     slopes = over_seeds(exponents(record.widths, record.change[:, :, -1]))
     # Where parameters are known to move as they should, only what is plain speaks against it.
-    signs = beyond(slopes, LEVEL + SURE if record.parameters else LEVEL)
+    signs = beyond(slopes, LEVEL + SURE if record.parameters else LEVEL, sure)
     for k in layers.judged():
         sign = signs[k]
         if sign > 0 or (sign < 0 and not (layers.is_sum[k] and slopes.mean[k] > _GONE)):

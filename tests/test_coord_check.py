@@ -342,6 +342,51 @@ def test_noise_makes_doubt_and_seeds_remove_it():
     assert "use more than 3 seeds" in " ".join(str(few).split())  # it may go over lines
 
 
+@pytest.mark.parametrize(
+    ("exponent", "noise", "seeds", "in_doubt"),
+    [
+        (0.0, 0.01, 3, False),
+        (0.5, 0.01, 3, False),
+        (0.27, 0.5, 3, True),  # no finding, as the interval is wide; by the mean it is one
+        (0.3, 0.1, 3, True),  # a finding, of which not all is nearer to 1/2 than to 0
+        (0.3, 0.1, 100, False),
+        (0.3, 0.1, 1, False),
+    ],
+)
+def test_a_record_is_in_doubt_if_its_finding_is(exponent, noise, seeds, in_doubt):
+    assert record_of([exponent], noise=noise, seeds=seeds).in_doubt == in_doubt
+
+
+class OfRandomPower(nnx.Module):
+    """A layer that scales with the width, with an exponent that depends on the seed, beside one that does not."""
+
+    def __init__(self, width, rngs, mean, spread):
+        self.linear = nnx.Linear(8, 8, rngs=rngs)
+        self.factor = width ** (mean + spread * jax.random.normal(rngs.params()))
+
+    def __call__(self, x):
+        return self.factor * self.linear(x)
+
+
+@pytest.mark.parametrize(("mean", "spread", "seeds"), [(0.2, 0.3, 6), (0.5, 1e-3, 2)])
+def test_more_seeds_where_in_doubt(mean, spread, seeds):
+    """The same as if these had been asked for, from programs that are traced once."""
+    made = []
+
+    def make_model(width, rngs):
+        made.append(width)
+        return OfRandomPower(width, rngs, mean, spread)
+
+    batch = (X, X)
+    record = check(make_model, batch, seeds=2, max_seeds=7)
+    assert record.seeds.tolist() == list(range(seeds))
+    once = len(made)
+    expected = check(make_model, batch, seeds=seeds, max_seeds=1)
+    assert len(made) == 2 * once
+    for name in ("rms", "change", "loss", "effects", "parameter_norms"):
+        np.testing.assert_allclose(getattr(record, name), getattr(expected, name), rtol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------------------- records
 
 
