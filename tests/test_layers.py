@@ -14,6 +14,8 @@ from flax import nnx as flax_nnx
 import rmsjax
 from tests.helpers.marks import slow
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 X = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32) * 3
 SCALE = np.array([0.5, -1.0, 2.0, 3.0], np.float32)
 

@@ -32,6 +32,8 @@ from tests.helpers import multiprocess_worker as worker
 from tests.helpers.marks import slow
 from tests.helpers.oracle import LIKELY
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 MESH_AXES = ("data", "model")
 RNG = np.random.default_rng(0)

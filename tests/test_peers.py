@@ -16,6 +16,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 import rmsjax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(autouse=True)
 def permissive():

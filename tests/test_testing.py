@@ -11,6 +11,8 @@ from rmsjax import testing
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
 from tests.helpers.marks import quick_of, slow
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 X = jnp.array([[1.0, -2.0, 0.5, 3.0], [0.25, 4.0, -1.0, 2.0]])
 
 FIRST = {"grad", "value_and_grad", "jvp", "vjp", "linearize", "jacfwd", "jacrev"}

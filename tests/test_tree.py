@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 from rmsjax import rms, rms_by_path, rms_penalty, rms_report, tree_rms
 from rmsjax._boxes import unboxed
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 RNG = np.random.default_rng(0)
 W, B, S = (RNG.normal(size=shape).astype(np.float32) for shape in [(4, 6), (6,), (3, 4, 5)])
 TREE = {"dense": {"kernel": W, "bias": B}, "stack": S}

@@ -19,6 +19,8 @@ from jax import lax
 import rmsjax
 from rmsjax import geometry, linen, plot, probe, testing
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 X = jnp.array(np.random.default_rng(7).normal(1.0, 1.0, (2, 8)), jnp.float32)
 TREE = {"kernel": X, "bias": X[0]}
 KEY = jax.random.key(3)
