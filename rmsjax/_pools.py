@@ -222,6 +222,8 @@ def _sums_of_place(
     for way, bundles in by_way.items():
         owners = np.array([k for owned, _ in bundles for k in owned])
         joined = [jnp.concatenate(parts) for parts in zip(*(sums for _, sums in bundles), strict=True)]
+        if on != "cpu" and len(place) > 1 and len(bundles) > 1:
+            joined = hold(joined)  # XLA:GPU would put them together again for each entry, in a kernel of its own
         summed = [way.psum(_pooled(sums, owners, len(place))) for sums in joined]
         totals = [a + b for a, b in zip(totals, summed, strict=True)] if totals else summed
     return totals
