@@ -343,8 +343,8 @@ def coord_check(
             the loss is given is what `apply` returns, a tuple of the output and the collections.
         steps: how many steps to train.
         seeds: how many seeds, or which; intervals need two at least, three or more are worth having.
-        max_seeds: while the record is `in_doubt` and has at most so many, as many more are run as in `seeds`, of the
-            numbers that follow. Nothing is compiled for these. A single seed says nothing of doubts.
+        max_seeds: where `seeds` is a number, as many more are run while the record is `in_doubt`, up to this number.
+            Nothing more is compiled for these. A single seed leaves no doubt, as it has no interval.
         progress: show a bar over widths, if tqdm is installed.
 
     Returns:
@@ -385,9 +385,10 @@ def coord_check(
     check_takes(function, "make_model", make_model, (axis, "rngs"), f"lambda {axis}, rngs: Model({axis}, rngs=rngs)")
     check_takes(function, "make_optimizer", make_optimizer, (axis,), f"lambda {axis}: optax.adam(1e-3)")
     check_takes(function, "loss", loss, ("output", "target"), "lambda output, target: ...")
-    seeds, keys = as_seeds(function, seeds)
     (steps,) = integers(function, "steps", [steps], least=1)
     (max_seeds,) = integers(function, "max_seeds", [max_seeds], least=1)
+    most = 0 if isinstance(seeds, Iterable) else max_seeds  # seeds that were named are those that were wanted
+    seeds, keys = as_seeds(function, seeds)
     calls = {
         size: as_call(
             function, at_size(function, "batch", batch, axis, size), at_size(function, "kwargs", kwargs, axis, size)
@@ -404,7 +405,7 @@ def coord_check(
     measure = prepared(function, axis, train, calls, keys, check=check, progress=progress)
     measured = measure(keys)
     record = _record(function, axis, sizes, seeds, measured)
-    while record.in_doubt and len(record.seeds) + len(seeds) <= max_seeds:
+    while record.in_doubt and len(record.seeds) + len(seeds) <= most:
         further = range(record.seeds[-1] + 1, record.seeds[-1] + 1 + len(seeds))
         measured = [_joined(*of_size) for of_size in zip(measured, measure(keys_of(further)), strict=True)]
         record = _record(function, axis, sizes, [*record.seeds, *further], measured)
