@@ -102,7 +102,9 @@ class Plan(NamedTuple):
     span: Range
 
 
-_SMALL, _STACKED, _PLACE, _KEPT = 70_000, 16, 32, 2**23
+_SMALL = 70_000  # elements of a leaf, of which a GPU reads several at once
+_STACKED = 16  # leaves, read at once
+_PLACE, _KEPT = 32, 2**23  # pools with one vector, and the elements of all of them: 32 MB, which a chip keeps
 
 
 def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped, *, bounded: bool = False) -> Plan:
@@ -113,8 +115,8 @@ def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped, 
 
     Pools of a leaf each have a vector for so many of one type: what is done with it is compiled once, and XLA:GPU
     (jax 0.12) puts what is done with its entries, and with the leaves, into few kernels. From one vector for all of
-    them it would compile a kernel for each that it takes a number out of. They are no more leaves than the chip keeps:
-    those that are read for their norms are read again to be scaled.
+    them it would compile a kernel for each that it takes a number out of; and what was read for these norms is to be
+    still on the chip when it is scaled by them.
     """
     over = tuple(map(mapped.of, leaves))
     alike: dict[Any, list[int]] = {}
