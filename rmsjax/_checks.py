@@ -17,6 +17,7 @@ from jax import Array
 from jax.core import Tracer
 
 from rmsjax._reduce import Mapped
+from rmsjax._text import counted
 
 _CONVERTIBLE = (np.ndarray, np.generic, bool, int, float, complex, list, tuple)
 _KINDS = {
@@ -34,8 +35,9 @@ def described(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if inspect.isroutine(value):
-        with contextlib.suppress(TypeError, ValueError):  # some builtins have no signature
-            return f"the function {value.__name__}{inspect.signature(value)!s:.80}"
+        return f"the function {value.__name__}"
+    if isinstance(value, (list, tuple)) and any(isinstance(x, (Array, np.ndarray)) for x in cast(Sequence[Any], value)):
+        return f"a {kind} of {len(cast(Sequence[Any], value))} with arrays"
     if isinstance(value, (str, bytes, numbers.Number, np.generic)) or type(value) in (list, tuple) or value is None:
         return " ".join(f"{value!r:.80}".split())
     kind = f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
@@ -92,7 +94,9 @@ def as_axes(
         raise ValueError(f"{function}: {argument} is empty; name at least one axis of shape {shape}")
     for a in given:
         if not -ndim <= a < ndim:
-            raise ValueError(f"{function}: {argument} {a} is out of range for shape {shape}, which has {ndim} axes")
+            raise ValueError(
+                f"{function}: {argument} {a} is out of range for shape {shape}, of {counted(ndim, 'axis', 'axes')}"
+            )
     axes = tuple(sorted(a % ndim for a in given))
     if len(set(axes)) < len(axes):
         raise ValueError(f"{function}: {argument} {axis!r} names an axis of shape {shape} more than once")

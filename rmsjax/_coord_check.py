@@ -7,10 +7,11 @@ return a `WidthRecord`: plain arrays, the slopes in log-log scale with their int
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import flax.linen as nn
 import jax
@@ -181,7 +182,7 @@ class WidthRecord(Record):
 
     def over_seeds(self, quantity: Quantity = "rms") -> Float[np.ndarray, "widths steps layers"]:
         """The geometric mean over seeds, to which the mean slopes belong; 0 where the norm is 0 for every seed."""
-        values = np.asarray(getattr(self, quantity))
+        values = self._of(quantity)
         means = np.exp(np.mean(logs(values), axis=1))
         return np.where(np.any(values != 0, axis=1), means, 0.0)
 
@@ -194,7 +195,12 @@ class WidthRecord(Record):
 
     def slopes(self, quantity: Quantity = "rms") -> Slopes:
         """The slopes in log-log scale against width, for each step and layer; of 0 everywhere the slope is 0."""
-        return over_seeds(exponents(self.widths, getattr(self, quantity)))
+        return over_seeds(exponents(self.widths, self._of(quantity)))
+
+    def _of(self, quantity: Quantity) -> np.ndarray:
+        if quantity not in get_args(Quantity):
+            raise ValueError(f"WidthRecord: quantity must be one of {', '.join(get_args(Quantity))}, got {quantity!r}")
+        return np.asarray(getattr(self, quantity))
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -212,6 +218,7 @@ class WidthRecord(Record):
         """Whether intervals are too wide for the first finding, or for there being none.
 
         It would then be another by the mean slopes alone than if whole intervals had to be nearer to ±1/2 than to 0.
+        A single seed has no interval, and leaves all but "not finite" in doubt.
         """
         return is_in_doubt(self)
 
@@ -258,8 +265,9 @@ class WidthRecord(Record):
         where = f" ({len(hit)} of {counted(len(self.layers), 'layer')})" if hit and verdict != "level" else ""
         doubts = f"; ? = another verdict within the interval: use more than {counted(len(self.seeds), 'seed')}"
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        mark = " ?" if self.in_doubt else ""
         return [
-            wrapped(f"verdict: {verdict}{where}{doubts if doubtful else ''}"),
+            wrapped(f"verdict: {verdict}{mark}{where}{doubts if doubtful or mark else ''}"),
             *(wrapped(f"- {line}") for line in [*map(str, found[:_SHOWN]), *more]),
         ]
 
@@ -344,7 +352,7 @@ def coord_check(
         steps: how many steps to train.
         seeds: how many seeds, or which; intervals need two at least, three or more are worth having.
         max_seeds: where `seeds` is a number, as many more are run while the record is `in_doubt`, up to this number.
-            Nothing more is compiled for these. A single seed leaves no doubt, as it has no interval.
+            Nothing more is compiled for these. A single seed stays alone.
         progress: show a bar over widths, if tqdm is installed.
 
     Returns:
@@ -356,9 +364,10 @@ def coord_check(
             batch and kwargs have; make_model does not return a Flax module, make_optimizer no optax transformation, or
             the loss no floating-point number.
         ValueError: fewer than two widths, no step, no seed, one of them twice; a batch without a target; widths at
-            which the model has different layers or parameters; arrays on several meshes with explicit axes.
+            which the model has different layers or parameters, or the very same; arrays on several meshes with
+            explicit axes.
 
-    All of them come before anything is compiled.
+    All of them but "the very same" come before anything is compiled.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -384,6 +393,11 @@ def coord_check(
     axis, sizes = as_sizes(function, widths, depths)
     check_takes(function, "make_model", make_model, (axis, "rngs"), f"lambda {axis}, rngs: Model({axis}, rngs=rngs)")
     check_takes(function, "make_optimizer", make_optimizer, (axis,), f"lambda {axis}: optax.adam(1e-3)")
+    if "learning_rate" in list(inspect.signature(make_optimizer).parameters)[:1]:
+        raise TypeError(
+            f"{function}: make_optimizer must be a function ({axis}), got {make_optimizer.__name__}, which takes a "
+            f"learning rate; write lambda {axis}: optax.adam(1e-3)"
+        )
     check_takes(function, "loss", loss, ("output", "target"), "lambda output, target: ...")
     (steps,) = integers(function, "steps", [steps], least=1)
     (max_seeds,) = integers(function, "max_seeds", [max_seeds], least=1)
@@ -405,7 +419,12 @@ def coord_check(
     measure = prepared(function, axis, train, calls, keys, check=check, progress=progress)
     measured = measure(keys)
     record = _record(function, axis, sizes, seeds, measured)
-    while record.in_doubt and len(record.seeds) + len(seeds) <= most:
+    if axis == "width" and all(np.all(x == x[0]) for x in (record.sizes, record.rms[:, :, 0])):
+        raise ValueError(
+            f"{function}: the model must depend on the width, got the same layers with the same norms at every one; "
+            "make_model is given it: lambda width, rngs: Model(width, rngs=rngs)"
+        )
+    while len(seeds) > 1 and record.in_doubt and len(record.seeds) + len(seeds) <= most:
         further = range(record.seeds[-1] + 1, record.seeds[-1] + 1 + len(seeds))
         measured = [_joined(*of_size) for of_size in zip(measured, measure(keys_of(further)), strict=True)]
         record = _record(function, axis, sizes, [*record.seeds, *further], measured)

@@ -179,7 +179,10 @@ class SweepRecord(Record):
             yield f"no best learning rate: all have diverged at {axis} {', '.join(lost)}; use smaller ones"
             return
         low, high = (f"{self.learning_rates[k]:.3g}" for k in (first, last))
-        yield f"best learning rate: {low} at {axis} {small}, {high} at {axis} {large}: it {moves(self.drift)}"
+        near = self.learning_rates[max(first - 1, 0) : first + 2]
+        gap = float(np.max(near[1:] / near[:-1]))
+        coarse = f", as far as rates {gap:.2g} times apart show" if first == last and gap > 3 else ""
+        yield f"best learning rate: {low} at {axis} {small}, {high} at {axis} {large}: it {moves(self.drift)}{coarse}"
         if first != last:
             cost = f"gives a loss of {final[first]:.4g} instead of {final[last]:.4g}"
             cost = cost if math.isfinite(final[first]) else "diverges"

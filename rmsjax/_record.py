@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zipfile
 from os import PathLike
 from typing import Any, Self
 
@@ -25,10 +26,24 @@ class Record:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
-        """The record that `save` wrote; what an earlier version did not write has its default."""
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {field.name: file[field.name] for field in dataclasses.fields(cls) if field.name in file}
-        return cls(**{name: _texts(values) if values.dtype.kind == "U" else values for name, values in arrays.items()})
+        """The record that `save` wrote; what an earlier version did not write has its default.
+
+        Raises:
+            ValueError: a file that holds something else.
+        """
+        fields = dataclasses.fields(cls)
+        needed = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
+        with open(path, "rb") as file:
+            is_archive = zipfile.is_zipfile(file)
+        names: list[str] = []
+        if is_archive:
+            with np.load(path, allow_pickle=False) as arrays:
+                names = list(arrays)
+                if needed <= {*names}:
+                    found = {field.name: arrays[field.name] for field in fields if field.name in names}
+                    return cls(**{name: _texts(x) if x.dtype.kind == "U" else x for name, x in found.items()})
+        holds = f"one with {', '.join(names)}" if names else "another file"
+        raise ValueError(f"{cls.__name__}: path must be a file that {cls.__name__}.save wrote, got {holds}: {path!s}")
 
 
 def _as_array(value: Any) -> np.ndarray:

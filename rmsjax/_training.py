@@ -144,6 +144,8 @@ def learner(
     `positional` is where the arguments of the call come from, as in `check_call`.
     """
     model = make_model(nnx.Rngs(key))
+    if not isinstance(model, (nnx.Module, nn.Module, MethodType, tuple)):
+        raise TypeError(f"{function}: make_model must return a Flax module, got {described(model)}")
     check_call(function, model, call, positional=positional)
     if isinstance(model, nn.Module):
         kwargs = {name: value for name, value in call.kwargs.items() if name not in ("rngs", "mutable")}
@@ -153,15 +155,24 @@ def learner(
 
     def objective(params: Any, call: Call) -> Array:
         args, kwargs, target = call
-        output = program(params, args, kwargs)
-        try:
+        given = ", ".join([*map(described, args), *(f"{name}={described(value)}" for name, value in kwargs.items())])
+        with noted(f"{function}: the model was called with what {positional} has, {given}"):
+            output = program(params, args, kwargs)
+        with noted(f"{function}: loss was given output, {described(output)}, and target, {described(target)}"):
             value = loss(output, target)
-        except Exception as error:
-            error.add_note(f"{function}: loss was given output, {described(output)}, and target, {described(target)}")
-            raise
         return jnp.mean(_without_aux(function, value))
 
     return params, objective
+
+
+@contextlib.contextmanager
+def noted(note: str) -> Generator[None]:
+    """An error from within is told what was done."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise
 
 
 def _without_aux(function: str, value: Any) -> Any:

@@ -253,6 +253,8 @@ def rms_states(opt_state: PyTree, *, sep: str = "/") -> dict[str, Any]:
     Returns:
         A dict, in the order of the chain, such as `{"0": RecordRMSState(...), "1": ClipByRMSState(...)}`: a link of
         `optax.chain` has its place in it as path, a link of `optax.named_chain` its name, a transformation alone "".
+        What another transformation holds has the name of its field there as well, as in "1/inner_state" of
+        `optax.inject_hyperparams`.
         Boxes, such as the variables of Flax NNX, are replaced by their arrays.
 
     Raises:

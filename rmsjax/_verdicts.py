@@ -64,11 +64,6 @@ class Finding(NamedTuple):
         """The verdict on the whole, if this is the first finding."""
         return "not finite" if self.kind == "not finite" else "grows" if self.power > 0 else "shrinks"
 
-    @property
-    def is_sure(self) -> bool:
-        """Whether all of the interval is nearer to another half than to 0."""
-        return self.kind == "not finite" or max(self.low, -self.high) > LEVEL
-
     def __str__(self) -> str:
         if self.kind == "not finite":
             return f"{self.name}: not finite"
@@ -190,6 +185,8 @@ def judge(record: WidthRecord, sure: float = SURE) -> list[Finding]:
 
 def is_in_doubt(record: WidthRecord) -> bool:
     """Whether the first finding is another by the means alone than by intervals that are nearer to a half than to 0."""
+    if len(record.seeds) == 1:
+        return [finding.kind for finding in judge(record)[:1]] != ["not finite"]
     by_mean, by_interval = ([(f.name, f.kind) for f in judge(record, sure)[:1]] for sure in (-math.inf, LEVEL))
     return by_mean != by_interval
 

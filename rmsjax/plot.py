@@ -21,6 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator, NullLocator
 from PIL import Image  # matplotlib brings it
 
+from rmsjax._checks import described
+from rmsjax._coord_check import WidthRecord
+from rmsjax._lr_sweep import SweepRecord
 from rmsjax._text import moves, with_interval
 
 if TYPE_CHECKING:
@@ -28,9 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
     from matplotlib.lines import Line2D
-
-    from rmsjax._coord_check import WidthRecord
-    from rmsjax._lr_sweep import SweepRecord
 
 __all__ = ["STYLE", "coord_check", "layer_by_step", "lr_sweep", "over_training", "rms_and_l2"]
 
@@ -69,8 +69,8 @@ def coord_check(
     """The coordinate check: a panel for each step, RMS against width, a line for each layer.
 
     Lines are geometric means over seeds. The legend gives their slopes at the last step shown, with the 95 % interval
-    over seeds. In a width-neutral parametrisation the lines are level. A question mark is that of the table: at one end
-    of the interval the verdict would be another.
+    over seeds. In a width-neutral parametrisation the lines are level. A question mark is that of the table: of a
+    layer, that at one end of the interval its verdict would be another, and of the whole, that it is `in_doubt`.
 
     Args:
         record: what `rmsjax.coord_check` returned.
@@ -82,6 +82,7 @@ def coord_check(
         The figure; `.savefig("check.png")` keeps it, and a notebook shows it.
 
     Raises:
+        TypeError: another record.
         ValueError: a step that was not recorded, or no step to show.
 
     Example:
@@ -97,6 +98,7 @@ def coord_check(
 
     Source: Yang et al. (arXiv 2203.03466), appendix D.1.
     """
+    _check_kind("coord_check", "record", record, WidthRecord)
     shown = list(range(0 if quantity == "rms" else 1, record.steps + 1)) if steps is None else list(steps)
     if not shown or not all(0 <= step <= record.steps for step in shown):
         raise ValueError(f"plot.coord_check: steps must be some of 0 to {record.steps}, got {shown}")
@@ -105,7 +107,7 @@ def coord_check(
     marks = [" ?" if at == record.steps and record.layers[k] in record.doubtful else "" for k in chosen]
     values = [with_interval(slopes.mean[at, k], slopes.high[at, k]) for k in chosen]
     labels = _columns(names, [value + mark for value, mark in zip(values, marks, strict=True)])
-    verdict = f"verdict: {record.verdict}{'' if _is_sure(record) else ' ?'}"
+    verdict = f"verdict: {record.verdict}{' ?' if record.in_doubt else ''}"
     figure, panels = _panels(len(shown), labels, f"{title}, {verdict}" if title else verdict, record.axis)
     drawn = [
         _over_width(panel, record, means[:, step, chosen], f"step {step}")
@@ -115,11 +117,6 @@ def coord_check(
     figure.supylabel(_NAMES[quantity])
     _legend_beside(figure, drawn[0], labels, f"slope at step {at}")
     return figure
-
-
-def _is_sure(record: WidthRecord) -> bool:
-    """Whether the verdict on the whole is the same at both ends of all intervals."""
-    return record.findings[0].is_sure if record.findings else not record.doubtful
 
 
 def over_training(
@@ -142,6 +139,7 @@ def over_training(
         The figure.
 
     Raises:
+        TypeError: a history that is no mapping.
         ValueError: an empty history, or values that are not one for each step.
 
     Example:
@@ -194,6 +192,7 @@ def layer_by_step(
         The figure.
 
     Raises:
+        TypeError: a history that is no mapping.
         ValueError: an empty history, or values that are not one for each step.
 
     Example:
@@ -268,6 +267,7 @@ def rms_and_l2(record: WidthRecord, *, step: int = -1, title: str | None = None)
         The figure; over widths, the grey line in the right panel grows as the root of the width.
 
     Raises:
+        TypeError: another record.
         ValueError: a step that was not recorded.
 
     Example:
@@ -282,6 +282,7 @@ def rms_and_l2(record: WidthRecord, *, step: int = -1, title: str | None = None)
 
     Source: Yang, Simon, Bernstein (arXiv 2310.17813), desideratum 1: features of width n with an L2 norm of order √n.
     """
+    _check_kind("rms_and_l2", "record", record, WidthRecord)
     if not -record.rms.shape[2] <= step <= record.steps:
         raise ValueError(f"plot.rms_and_l2: step must be one of 0 to {record.steps}, or -1 for the last, got {step}")
     means = [record.over_seeds(quantity)[:, step] for quantity in ("rms", "l2")]
@@ -320,6 +321,7 @@ def lr_sweep(records: SweepRecord | Mapping[str, SweepRecord], *, title: str | N
         The figure.
 
     Raises:
+        TypeError: another record.
         ValueError: no records, or some of widths and some of depths.
 
     Example:
@@ -340,6 +342,8 @@ def lr_sweep(records: SweepRecord | Mapping[str, SweepRecord], *, title: str | N
         raise ValueError(
             "plot.lr_sweep: records is empty; it must be what lr_sweep returned, or a dict of such records"
         )
+    for record in named.values():
+        _check_kind("lr_sweep", "records", record, SweepRecord)
     axes = {record.axis for record in named.values()}
     if len(axes) > 1:
         raise ValueError(f"plot.lr_sweep: records must have one axis, got {' and '.join(sorted(axes))}")
@@ -494,10 +498,18 @@ def _legend_beside(figure: Figure, lines: Sequence[Line2D], labels: Sequence[str
     figure.legend(lines, labels, loc="outside right upper", title=title, prop=font, handlelength=4)
 
 
+def _check_kind(function: str, argument: str, value: Any, kind: type) -> None:
+    """TypeError unless it is a record of this kind."""
+    if not isinstance(value, kind):
+        raise TypeError(f"plot.{function}: {argument} must be a {kind.__name__}, got {described(value)}")
+
+
 def _checked(
     function: str, history: Mapping[str, Any], steps: Sequence[int] | None
 ) -> tuple[Sequence[int], Float[np.ndarray, "layers steps"]]:
     """The steps, and the values as one matrix."""
+    if not isinstance(history, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{function}: history must be the values by layer, {{layer: values}}, got {described(history)}")
     if not history:
         raise ValueError(f"{function}: history is empty; it must hold the values of at least one layer")
     rows = [np.asarray(values, np.float64) for values in history.values()]

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 import rmsjax
-from rmsjax import WidthRecord, _coord_check, _models, _training, compare_widths, coord_check
+from rmsjax import SweepRecord, WidthRecord, _coord_check, _models, _training, compare_widths, coord_check
 from rmsjax._verdicts import Finding
 from tests.helpers.marks import slow
 from tests.helpers.parametrisations import (
@@ -349,7 +349,7 @@ def test_noise_makes_doubt_and_seeds_remove_it():
         (0.27, 0.5, 3, True),  # no finding, as the interval is wide; by the mean it is one
         (0.3, 0.1, 3, True),  # a finding, of which not all is nearer to 1/2 than to 0
         (0.3, 0.1, 100, False),
-        (0.3, 0.1, 1, False),
+        (0.0, 0.01, 1, True),  # no interval
     ],
 )
 def test_a_record_is_in_doubt_if_its_finding_is(exponent, noise, seeds, in_doubt):
@@ -483,6 +483,21 @@ def test_save_and_load(tmp_path):
     for field in dataclasses.fields(record):
         np.testing.assert_array_equal(getattr(loaded, field.name), getattr(record, field.name))
     assert [p.name for p in tmp_path.iterdir()] == ["record"]
+
+
+def test_a_file_that_holds_something_else(tmp_path):
+    sweep = SweepRecord(np.array([8, 16]), np.array([0]), np.array([0.1, 0.2]), np.ones((2, 1, 2, 1)))
+    sweep.save(tmp_path / "sweep")
+    (tmp_path / "text").write_text("no record")
+    for name, holds in (("sweep", "one with widths, seeds, learning_rates"), ("text", "another file")):
+        with pytest.raises(ValueError, match=f"^WidthRecord: path must be a file that .*, got {holds}.*{name}$"):
+            WidthRecord.load(tmp_path / name)
+
+
+def test_a_quantity_that_there_is_not():
+    for of in (WidthRecord.slopes, WidthRecord.over_seeds):
+        with pytest.raises(ValueError, match="WidthRecord: quantity must be one of rms, change, l2, got 'chg'"):
+            of(record_of([0.0]), "chg")
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -778,7 +793,19 @@ def test_only_norms_leave_the_program():
             r"loss must be .* \(output, target\), got <lambda>\(params",
         ),
         ({"loss": 1.0}, TypeError, "loss must be a function .*, got 1.0; write lambda output, target"),
-        ({"make_model": lambda width, rngs: jnp.tanh}, TypeError, "coord_check: model must be a flax.nnx module"),
+        (
+            {"make_model": lambda width, rngs: jnp.tanh},
+            TypeError,
+            "make_model must return a Flax module, got the function tanh",
+        ),
+        ({"make_model": lambda width, rngs: None}, TypeError, "make_model must return a Flax module, got None"),
+        ({"make_optimizer": optax.adam}, TypeError, "make_optimizer must be .*, got adam, which takes a learning rate"),
+        ({"max_seeds": 0}, ValueError, "max_seeds must be at least 1, got 0"),
+        (
+            {"make_model": lambda width, rngs: nnx.Linear(8, 8, rngs=rngs), "batch": (X, X)},
+            ValueError,
+            "the model must depend on the width, got the same layers with the same norms",
+        ),
     ],
 )
 def test_errors(kwargs, error, message):
@@ -793,6 +820,23 @@ def test_an_error_in_the_loss_says_what_it_was_given():
         check(lambda width, rngs: nnx.Linear(8, width, rngs=rngs), loss=optax.l2_loss)
     (note,) = (note for note in raised.value.__notes__ if note.startswith("coord_check"))
     assert "output, an array of shape (16, 8) and dtype float32, and target, an array of shape (16, 1)" in note
+
+
+@pytest.mark.parametrize(
+    ("batch", "kwargs", "given"),
+    [
+        ((X, X, X), {}, "an array of shape (16, 8) and dtype float32, an array of"),
+        ((X[:, :3], X), {"unknown": 1}, "(16, 3) and dtype float32, unknown=1"),
+    ],
+)
+def test_an_error_in_the_model_says_what_it_was_called_with(batch, kwargs, given):
+    def make_model(width, rngs):
+        return nnx.Sequential(nnx.Linear(8, width, rngs=rngs), nnx.Linear(width, 8, rngs=rngs))
+
+    with pytest.raises((TypeError, ValueError)) as raised:
+        check(make_model, batch, kwargs=kwargs)
+    (note,) = (note for note in raised.value.__notes__ if note.startswith("coord_check: the model was called with"))
+    assert given in note
 
 
 # ------------------------------------------------------------------------------------------------------- compare_widths

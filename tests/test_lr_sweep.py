@@ -144,6 +144,15 @@ def test_one_seed_and_one_step():
     assert text.endswith("at width 256 the best rate of width 64 gives a loss of 1.1 instead of 0.1")
 
 
+@pytest.mark.parametrize(("base", "said"), [(2.0, False), (4.0, True)])
+def test_a_coarse_grid_is_said_to_be_one(base, said):
+    rates = base ** np.arange(-3.0, 1)
+    loss = np.broadcast_to([3.0, 1, 2, 4], (2, 1, 4))[..., None]
+    text = " ".join(str(SweepRecord(np.array([64, 256]), np.array([0]), rates, loss)).split())
+    assert "it stays" in text
+    assert ("it stays, as far as rates 4 times apart show" in text) == said
+
+
 def test_save_and_load(tmp_path):
     record = dataclasses.replace(record_of([1 / 4, 1 / 8, 1 / 8], noise=0.1), axis="depth")
     record.save(tmp_path / "record")

@@ -146,9 +146,25 @@ def test_steps_and_title_of_a_coord_check():
 
 
 @pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plot.coord_check("rec.npz"), "plot.coord_check: record must be a WidthRecord, got 'rec.npz'"),
+        (lambda: plot.rms_and_l2(None), "plot.rms_and_l2: record must be a WidthRecord, got None"),
+        (lambda: plot.lr_sweep({"standard": record()}), "plot.lr_sweep: records must be a SweepRecord, got a WidthRec"),
+        (lambda: plot.over_training(3), "plot.over_training: history must be the values by layer, .*, got 3"),
+        (lambda: plot.layer_by_step([1.0]), r"plot.layer_by_step: history must be .*, got \[1.0\]"),
+    ],
+)
+def test_what_is_no_record(draw, message):
+    with pytest.raises(TypeError, match=f"^{message}"):
+        draw()
+
+
+@pytest.mark.parametrize(
     ("slopes", "title"),
     [
-        ([[0.0, 0.0, 0.0], [0.2, 0.3, 0.2]], "verdict: level ?"),
+        ([[0.0, 0.0, 0.0], [0.2, 0.3, 0.2]], "verdict: level"),
+        ([[0.0, 0.0, 0.0], [0.1, 0.6, 0.1]], "verdict: level ?"),
         ([[0.0, 0.0, 0.0], [0.25, 0.3, 0.35]], "verdict: grows ?"),
         ([[0.5, 0.5, 0.5], [0.2, 0.3, 0.2]], "verdict: grows"),
         ([[0.0, 0.0, 0.0], [0.1, 0.1, 0.1]], "verdict: level"),
