@@ -282,7 +282,7 @@ def _lift(spec: _Spec, x: Array) -> Array:
 
 
 def _gain(spec: _Spec, scale: Array, dtype: Any) -> Array:
-    return scale.astype(dtype) + jnp.asarray(spec.scale_offset, dtype)
+    return scale.astype(dtype) + spec.scale_offset
 
 
 def _times_quarter_gain(spec: _Spec, y: Array, scale: Array | None) -> Array:

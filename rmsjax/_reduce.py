@@ -129,10 +129,10 @@ def _window(dtype: np.dtype[Any]) -> _Window:
     return _Window(*map(dtype.type, bounds))
 
 
-def squares_fit(dtype: Any, accumulator: np.dtype[Any]) -> bool:
+def squares_fit(dtype: np.dtype[Any], accumulator: np.dtype[Any]) -> bool:
     """Whether no sum of squares of this dtype leaves the accumulator's range: float8, float16, 32-bit integers."""
     if not jnp.issubdtype(dtype, jnp.inexact):
-        return np.dtype(dtype).itemsize <= 4
+        return dtype.itemsize <= 4
     x, acc = jnp.finfo(dtype), jnp.finfo(accumulator)
     # Where no square underflows none overflows: types reach as far up as down.
     return 2 * (int(x.minexp) - int(x.nmant)) > int(acc.minexp)

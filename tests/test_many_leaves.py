@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import rmsjax
-from rmsjax import _reduce
+from rmsjax import _pools, _reduce
 from tests.helpers.marks import slow
 from tests.helpers.oracle import in_double, true_rms
 from tests.helpers.workloads import gpt2_small, tree_of
@@ -159,6 +159,26 @@ def test_what_is_done_to_leaves_of_one_shape_is_compiled_once():
     loops = re.findall(r"^%\w+ (\([^)]*\) -> f32\[70,70\].*?^\})", text, re.MULTILINE | re.DOTALL)
     assert len(loops) >= 64
     assert len(set(loops)) == 1
+
+
+@pytest.mark.parametrize("scope", ["global", "block"])
+def test_what_is_not_clipped_comes_back_to_the_last_bit(scope):
+    """Subnormal numbers too, which any arithmetic would flush to 0 on a CPU."""
+    tree = [jnp.array([[0.5, 1e-40], [0.25, -1e-45]])] * 2
+    updates, _ = jax.jit(partial(clipped, scope))(tree, 1.0)
+    for leaf, out in zip(tree, updates, strict=True):
+        np.testing.assert_array_equal(np.asarray(out).view(np.uint32), np.asarray(leaf).view(np.uint32))
+
+
+@pytest.mark.parametrize(("numerator", "denominator"), [(0.5, 3e38), (2e38, 1e-3), (3.0, 4.0), (1.0, 0.0)])
+def test_the_derivative_of_a_ratio_beyond_the_range(numerator, denominator):
+    """d(ab) = (dn - dd n/d)/d, of which the first factor takes no part."""
+    n, d = np.float32(numerator), np.float32(denominator)
+    (a, b), (da, db) = jax.jvp(_pools.split_ratio, (n, d), (0.5 * n, 0.25 * d))
+    assert da == 0
+    assert db == pytest.approx(0.25 * float(b), rel=1e-6)
+    if d:
+        assert float(a) * float(b) == pytest.approx(float(n) / float(d), rel=1e-6)
 
 
 @pytest.mark.parametrize("of", [rmsjax.rms_penalty, jax.grad(rmsjax.rms_penalty)], ids=["norm", "gradient"])
