@@ -7,7 +7,6 @@ return a `WidthRecord`: plain arrays, the slopes in log-log scale with their int
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -393,11 +392,6 @@ def coord_check(
     axis, sizes = as_sizes(function, widths, depths)
     check_takes(function, "make_model", make_model, (axis, "rngs"), f"lambda {axis}, rngs: Model({axis}, rngs=rngs)")
     check_takes(function, "make_optimizer", make_optimizer, (axis,), f"lambda {axis}: optax.adam(1e-3)")
-    if "learning_rate" in list(inspect.signature(make_optimizer).parameters)[:1]:
-        raise TypeError(
-            f"{function}: make_optimizer must be a function ({axis}), got {make_optimizer.__name__}, which takes a "
-            f"learning rate; write lambda {axis}: optax.adam(1e-3)"
-        )
     check_takes(function, "loss", loss, ("output", "target"), "lambda output, target: ...")
     (steps,) = integers(function, "steps", [steps], least=1)
     (max_seeds,) = integers(function, "max_seeds", [max_seeds], least=1)

@@ -35,6 +35,7 @@ from rmsjax._training import (
     for_each,
     integers,
     learner,
+    noted,
     prepared,
 )
 
@@ -320,14 +321,12 @@ def _train(
         )
 
     params, objective = learner("lr_sweep", make_model, loss, at(0), key, positional="batches[0]")
-    try:
+    traced = (
+        "lr_sweep: learning_rate is traced, since all rates of a width are one program: in make_optimizer compute with "
+        "it by jax.numpy, and neither compare it nor make it a float"
+    )
+    with noted(traced, jax.errors.JAXTypeError):
         optimizer = as_optimizer("lr_sweep", make_optimizer(rate))
-    except jax.errors.JAXTypeError as error:
-        error.add_note(
-            "lr_sweep: learning_rate is traced, since all rates of a width are one program: in make_optimizer compute "
-            "with it by jax.numpy, and neither compare it nor make it a float"
-        )
-        raise
 
     def step(carry: Any, index: Array) -> tuple[Any, Array]:
         params, state = carry

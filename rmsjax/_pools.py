@@ -140,8 +140,9 @@ def make_plan(leaves: Sequence[Array], pools: tuple[Pool, ...], mapped: Mapped, 
 
 def _most_in_place(leaves: Sequence[Array], like: Pool) -> int:
     """How many pools of a leaf each, of the type of this one, share a vector."""
-    size = sum(leaves[i].size for i in like.members)
-    return min(_PLACE, _KEPT // size) or 1 if is_known(size) and size else _PLACE
+    (i,) = like.members
+    size = leaves[i].size
+    return max(1, min(_PLACE, _KEPT // max(size, 1))) if is_known(size) else _PLACE
 
 
 def _is_small(leaf: Array, limit: int) -> bool:

@@ -110,11 +110,13 @@ def check_takes(function: str, argument: str, value: Any, takes: tuple[str, ...]
         raise TypeError(f"{expected}, got {described(value)}; write {example}")
     with contextlib.suppress(ValueError):  # some builtins have no signature
         signature = inspect.signature(value)
+        name = getattr(value, "__name__", type(value).__name__)
         try:
             signature.bind(*takes)
         except TypeError:
-            name = getattr(value, "__name__", type(value).__name__)
             raise TypeError(f"{expected}, got {name}{signature}; write {example}") from None
+        if "learning_rate" in list(signature.parameters)[:1]:  # an optimizer of optax, whose rate the size would be
+            raise TypeError(f"{expected}, got {name}, which takes a learning rate; write {example}")
 
 
 def as_optimizer(function: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
@@ -166,11 +168,11 @@ def learner(
 
 
 @contextlib.contextmanager
-def noted(note: str) -> Generator[None]:
+def noted(note: str, of: type[Exception] = Exception) -> Generator[None]:
     """An error from within is told what was done."""
     try:
         yield
-    except Exception as error:
+    except of as error:
         error.add_note(note)
         raise
 

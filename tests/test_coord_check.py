@@ -798,6 +798,11 @@ def test_only_norms_leave_the_program():
         ),
         ({"make_model": lambda width, rngs: None}, TypeError, "make_model must return a Flax module, got None"),
         ({"make_optimizer": optax.adam}, TypeError, "make_optimizer must be .*, got adam, which takes a learning rate"),
+        (
+            {"make_optimizer": functools.partial(optax.adam, b1=0.5)},
+            TypeError,
+            "make_optimizer must be .*, got partial, which takes a learning rate",
+        ),
         ({"max_seeds": 0}, ValueError, "max_seeds must be at least 1, got 0"),
         (
             {"make_model": lambda width, rngs: nnx.Linear(8, 8, rngs=rngs), "batch": (X, X)},

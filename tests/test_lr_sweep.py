@@ -257,6 +257,7 @@ def test_a_bar(capsys):
             TypeError,
             r"make_optimizer must be a function \(width, learning_rate\), got <lambda>\(width\); write lambda width, l",
         ),
+        ({"make_optimizer": optax.adam}, TypeError, "make_optimizer must be .*, got adam, which takes a learning rate"),
         ({"make_optimizer": lambda width, rate: rate}, TypeError, "make_optimizer must return an optax transformation"),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"loss": optax.l2_loss, "make_model": X}, TypeError, "make_model must be a function"),
