@@ -1,5 +1,6 @@
 """Set-up of the suite: eight devices on the CPU, strict promotion of dtypes and ranks."""
 
+import gc
 import os
 import textwrap
 
@@ -10,6 +11,8 @@ import jax
 import pytest
 
 from rmsjax import _reduce
+
+gc.set_threshold(100_000, 20, 100)  # what JAX keeps is a lot to look through, time and again
 
 
 def pytest_configure(config):
@@ -29,8 +32,8 @@ def pytest_report_header(config):
     """What a run leaves out, on the console of whoever started it."""
     if config.option.markexpr == "not slow":
         return [
-            "the quick suite: every module and public name. Left out is what is marked slow: notebooks, the main job",
-            "as the README shows it, several processes, and further types, widths and transformations of a kind.",
+            "the quick suite: every module and public name. Left out is what is marked slow: notebooks, code and main",
+            "job of the README, several processes, and further types, widths and transformations of a kind.",
             "everything, which takes three times as long: python -m pytest -m 'slow or not slow'",
         ]
     return None

@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 import rmsjax
 from rmsjax import _tags, activation_rms, gradient_rms, rms
 from rmsjax.probe import capture, collect, tag
+from tests.helpers.marks import slow
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -306,7 +307,7 @@ def by_itself(fn, mapped):
     return whole, alone
 
 
-@pytest.mark.parametrize("sizes", [(3, 3, 3), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 3, 3), slow((2, 3, 4))], ids=str)
 @pytest.mark.parametrize("body", LANES)
 def test_lanes_among_other_axes(body, sizes):
     """However vmaps are nested, and of one size or not: what a call inside vmap collects is what is collected of all.

@@ -22,7 +22,7 @@ from jax.extend.random import define_prng_impl
 import rmsjax
 from rmsjax import _reduce, geometry
 from rmsjax.testing import TRANSFORMS, TransformationError, assert_transform_invariant
-from tests.helpers.marks import quick_of, slow
+from tests.helpers.marks import quick_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -198,13 +198,13 @@ NOT_OF_ARRAYS = {
 
 
 # The others are minutes of compiling, and what they share with these is most of what a transformation can break.
-QUICK = ("rms", "rms_normalize beyond", "clip_by_rms", "nnx.RMSNorm")
+QUICK = ("rms", "rms_normalize beyond", "clip_by_rms")
 
-
-# Those of geometry would take most of the time, and have tests of their own; so have variants of one function.
+# Of these the quick suite has some transformations: not of variants of one function, nor of geometry, which has tests
+# of its own.
 VARIANTS = (" bfloat16", " beyond", " where", " callable", " layers")
 OTHERS = [
-    slow(name) if name.startswith("geometry") or name.endswith(VARIANTS) else name for name in ROWS if name not in QUICK
+    name for name in ROWS if name not in QUICK and not name.startswith("geometry") and not name.endswith(VARIANTS)
 ]
 
 
