@@ -15,7 +15,7 @@ from jax import Array
 from rmsjax._checks import as_mapped, as_threshold
 from rmsjax._pools import PerPool
 from rmsjax._reduce import Mapped, hold
-from rmsjax._tree import Grouping, Scope, check_scope, counts, group, measure, rescale, tree_rms
+from rmsjax._tree import Grouping, Scope, check_scope, counts, group, measure, rescale
 from rmsjax._updates import (
     added,
     as_decay,
@@ -418,7 +418,8 @@ def clip_by_history(
         bounds = jax.tree.map(bound, every, history, is_warmup, is_finite)
         history = jax.tree.map(next_history, history, every, bounds, is_warmup, is_finite)
         # Behind barriers, or XLA:CPU would compute them again for each leaf.
-        bounds, history = (hold(grouping.split(values, norms)) for values in hold((bounds, history)))
+        bounds, history = hold((bounds, history))
+        bounds = hold(grouping.split(bounds, norms))
         updates, clipped = _clip(grouping, norms, bounds)
         broken = jnp.logical_not(reduce(jnp.logical_and, map(jnp.all, is_finite.values), True))
         return updates, ClipByHistoryState(
@@ -460,6 +461,11 @@ def _share_within(max_norm: Any, grouping: Grouping, mapped: Mapped, norms: PerP
         return jnp.where(jnp.isfinite(norm), norm, 0) * jnp.sqrt(jnp.asarray(count / total, norm.dtype))
 
     every = jax.tree.map(weighted, grouping.merged(norms, norms), grouping.merged(counts(grouping, mapped), norms))
-    mean = tree_rms(every)
-    bound = _as_rms(max_norm, total * sum(norm.size for norm in every.values), mean.dtype)
+    if not every.values:
+        return jnp.ones(())
+    # Numbers as few as these are better divided by their largest than measured by `tree_rms`, which is more to compile.
+    largest = reduce(jnp.maximum, [jnp.max(norm, initial=0) for norm in every.values])
+    squares = [jnp.sum(jnp.square(quotient(norm, largest))) for norm in every.values]
+    mean = largest * jnp.sqrt(reduce(jnp.add, squares))
+    bound = _as_rms(max_norm, total, mean.dtype)
     return jnp.where(mean > bound, quotient(bound, mean), 1)
