@@ -14,7 +14,7 @@ from jax import Array
 
 from rmsjax._checks import as_mapped, as_threshold
 from rmsjax._pools import PerPool
-from rmsjax._reduce import Mapped, hold
+from rmsjax._reduce import Mapped, four_over, hold
 from rmsjax._tree import Grouping, Scope, check_scope, counts, group, measure, rescale
 from rmsjax._updates import (
     added,
@@ -465,7 +465,7 @@ def _share_within(max_norm: Any, grouping: Grouping, mapped: Mapped, norms: PerP
         return jnp.ones(())
     # Numbers as few as these are better divided by their largest than measured by `tree_rms`, which is more to compile.
     largest = reduce(jnp.maximum, [jnp.max(norm, initial=0) for norm in every.values])
-    squares = [jnp.sum(jnp.square(quotient(norm, largest))) for norm in every.values]
-    mean = largest * jnp.sqrt(reduce(jnp.add, squares))
+    over = four_over(largest)
+    mean = largest * (jnp.sqrt(reduce(jnp.add, [jnp.sum(jnp.square(norm * over)) for norm in every.values])) / 4)
     bound = _as_rms(max_norm, total, mean.dtype)
     return jnp.where(mean > bound, quotient(bound, mean), 1)
