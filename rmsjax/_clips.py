@@ -14,7 +14,7 @@ from jax import Array
 
 from rmsjax._checks import as_mapped, as_threshold
 from rmsjax._pools import PerPool
-from rmsjax._reduce import Mapped, four_over, hold
+from rmsjax._reduce import Mapped, cpu_barrier, four_over, hold
 from rmsjax._tree import Grouping, Scope, check_scope, counts, group, measure, rescale
 from rmsjax._updates import (
     added,
@@ -419,7 +419,7 @@ def clip_by_history(
         history = jax.tree.map(next_history, history, every, bounds, is_warmup, is_finite)
         # Behind barriers, or XLA:CPU would compute them again for each leaf.
         bounds, history = hold((bounds, history))
-        bounds = hold(grouping.split(bounds, norms))
+        bounds = cpu_barrier(grouping.split(bounds, norms))
         updates, clipped = _clip(grouping, norms, bounds)
         broken = jnp.logical_not(reduce(jnp.logical_and, map(jnp.all, is_finite.values), True))
         return updates, ClipByHistoryState(

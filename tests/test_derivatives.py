@@ -115,6 +115,17 @@ def test_normalize(epsilon):
                 np.testing.assert_allclose(got, jacobian, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradient_of_normalize_in_16_bits(dtype):
+    x, c = (jnp.asarray(a, dtype) for a in (X, C))
+    _, jacobian, _, by_scale = normalized(np.float64(x), np.float64(SCALE), 1e-6)
+    y, vjp = jax.vjp(partial(rms_normalize, epsilon=1e-6), x, jnp.asarray(SCALE, jnp.float32))
+    found = vjp(c.astype(y.dtype))
+    for got, want in zip(found, (np.float64(c) @ jacobian, np.float64(c) @ by_scale), strict=True):
+        eps = float(jnp.finfo(dtype).eps)  # that to which the results are rounded, beside terms in float32
+        np.testing.assert_allclose(np.float64(got), want, rtol=eps, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_second_derivatives_of_normalize_along_tangents_of_the_size_of_x(size):
     """These are in range, so nothing on the way may leave it, such as 1/rho^2."""

@@ -245,6 +245,58 @@ def test_leaves_of_one_type_are_summed_up_together_in_their_own_shape(dtype, pla
     )  # two stacks, two large leaves, and all of them
 
 
+def planned(count, size, *, together=False):
+    """Leaves of one size, without data, and the plan of the norm of all of them, or of each."""
+    leaves = [jax.ShapeDtypeStruct((size,), jnp.float32)] * count
+    pools = [_pools.Pool(tuple(range(count)))] if together else [_pools.Pool((i,)) for i in range(count)]
+    return leaves, _pools.make_plan(leaves, tuple(pools), _reduce.UNMAPPED)
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "most"),
+    [
+        *(("cpu", 4096, 64), ("cpu", 4097, 1), ("other", 4096, 64), ("other", 4097, 1)),
+        *(("cuda", 4096, 64), ("cuda", 4097, 16), ("cuda", 70_000, 16), ("cuda", 70_001, 1)),
+    ],
+)
+def test_how_many_leaves_are_read_at_once(platform, size, most):
+    leaves, plan = planned(130, size, together=True)
+    bundles = _pools._bundles(plan, leaves, range(130), platform)
+    assert max(map(len, bundles)) == most
+    assert sorted(i for bundle in bundles for i in bundle) == list(range(130))
+
+
+@pytest.mark.parametrize(("size", "most"), [(64, 32), (2**18, 32), (2**19, 16), (2**23, 1), (2**24, 1)])
+def test_how_many_norms_are_in_one_vector(size, most):
+    """As many as leaves that a chip keeps from the reading for the norm to the scaling by it."""
+    _, plan = planned(40, size)
+    assert max(map(len, plan.places)) == most
+    assert sorted(pool for place in plan.places for pool in place) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "shape"), [("cpu", 64, (64, 3)), ("cpu", 65, (3, 65)), ("cuda", 64, (3, 64))]
+)
+def test_tiny_leaves_are_columns_on_a_cpu(platform, size, shape, monkeypatch):
+    monkeypatch.setattr(_pools, "sums_of_squares", lambda x, *_: x.shape)
+    assert _pools._sums_of_bundle.__wrapped__([jnp.ones(size)] * 3, [], (None,), jnp.float32, platform) == shape
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "together", "times"),
+    [("cuda", 70_001, False, 1), ("cuda", 64, False, 0), ("cuda", 70_001, True, 0), ("cpu", 70_001, False, 0)],
+)
+def test_sums_are_put_together_once_on_a_gpu(platform, size, together, times, monkeypatch):
+    """Where several bundles have the norms of one vector."""
+    held = []
+    monkeypatch.setattr(_pools, "hold", lambda values: held.append(values) or values)
+    leaves, plan = planned(8, size, together=together)
+    jax.eval_shape(
+        lambda leaves: _pools._sums_of_place(plan, leaves, plan.places[0], [None], jnp.float32, platform), leaves
+    )
+    assert len(held) == times
+
+
 def test_the_sums_of_joints_are_not_added_one_by_one():
     """As XLA would do, at a cost in compiling that grows with the square of their number."""
     text = jax.jit(rmsjax.tree_rms).lower([jnp.ones(64)] * 1600).compile().as_text()

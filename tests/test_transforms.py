@@ -918,6 +918,11 @@ def test_a_known_number_may_be_of_any_kind(use):
             jax.eval_shape(lambda bad=bad: NUMBERS[use](bad))
 
 
+@pytest.mark.parametrize("use", [name for name in NUMBERS if not name.startswith("rms_normalize")])
+def test_a_traced_number_may_be_of_another_dtype(use):
+    close(jax.jit(NUMBERS[use])(jnp.bfloat16(0.25)), NUMBERS[use](0.25))
+
+
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_injected_arrays_under_jit(name):
     """`inject_hyperparams` calls the factory within init and update, there with what is traced."""
