@@ -418,8 +418,7 @@ def clip_by_history(
         bounds = jax.tree.map(bound, every, history, is_warmup, is_finite)
         history = jax.tree.map(next_history, history, every, bounds, is_warmup, is_finite)
         # Behind barriers, or XLA:CPU would compute them again for each leaf.
-        bounds, history = hold((bounds, history))
-        bounds = cpu_barrier(grouping.split(bounds, norms))
+        bounds, history = (cpu_barrier(grouping.split(values, norms)) for values in hold((bounds, history)))
         updates, clipped = _clip(grouping, norms, bounds)
         broken = jnp.logical_not(reduce(jnp.logical_and, map(jnp.all, is_finite.values), True))
         return updates, ClipByHistoryState(
