@@ -218,7 +218,7 @@ def test_tables_fit_into_the_terminal(monkeypatch):
     assert max(map(len, f"{record}\n{record.width_table()}".splitlines())) <= 60
 
 
-@pytest.mark.parametrize("seconds", [1.0, slow(0.0), slow(9.0)])
+@pytest.mark.parametrize("seconds", [1.0, slow(0.0), slow(4.0), slow(9.0)])
 def test_ctrl_c_ends_in_one_line_at_once(seconds, tmp_path):
     """Whether it comes while modules load, XLA compiles or a width trains."""
     command = [sys.executable, "-u", "-m", "rmsjax", "--widths", "256", "512", "1024", "--out", tmp_path]
