@@ -118,7 +118,7 @@ def test_normalize(epsilon):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_gradient_of_normalize_in_16_bits(dtype):
     x, c = (jnp.asarray(a, dtype) for a in (X, C))
-    _, jacobian, _, by_scale = normalized(np.float64(x), np.float64(SCALE), 1e-6)
+    _, jacobian, _, by_scale = normalized(np.float64(x), SCALE, 1e-6)
     y, vjp = jax.vjp(partial(rms_normalize, epsilon=1e-6), x, jnp.asarray(SCALE, jnp.float32))
     found = vjp(c.astype(y.dtype))
     for got, want in zip(found, (np.float64(c) @ jacobian, np.float64(c) @ by_scale), strict=True):
