@@ -409,7 +409,10 @@ def clip_by_history(
         history = grouping.laid_out(state.ema_rms, every)
         is_early = state.num_updates < jnp.asarray(warmup_steps).astype(state.num_updates.dtype)
         is_warmup = jax.tree.map(lambda a: is_early | (a == 0), history)
-        share = 1 if warmup_max_norm is None else _share_within(warmup_max_norm, grouping, mapped, norms)
+        share: Any = 1
+        if warmup_max_norm is not None and every.values:
+            sizes = grouping.merged(counts(grouping, mapped), norms)
+            share = _share_within(warmup_max_norm, every, sizes, counts(grouping.whole(), mapped).values[0][0])
 
         def bound(norm: Array, history: Array, is_warmup: Array, is_finite: Array) -> Array:
             most = jnp.where(is_warmup, norm * share, jnp.asarray(factor, norm.dtype) * history)
@@ -449,22 +452,19 @@ def _as_steps(function: str, argument: str, value: Any) -> Any:
     return int(value)
 
 
-def _share_within(max_norm: Any, grouping: Grouping, mapped: Mapped, norms: PerPool) -> Array:
+def _share_within(max_norm: Any, norms: PerPool, sizes: PerPool, total: Any) -> Array:
     """What to multiply all updates by so that their L2 norm is within max_norm; those that are not finite left out.
 
-    From the norms of the pools: the updates are not read again.
+    From the norms of the pools, the numbers of elements behind each, and that of all: the updates are not read again.
     """
-    (total,) = counts(grouping.whole(), mapped).values[0]
 
     def weighted(norm: Array, count: Any) -> Array:
         return jnp.where(jnp.isfinite(norm), norm, 0) * jnp.sqrt(jnp.asarray(count / total, norm.dtype))
 
-    every = jax.tree.map(weighted, grouping.merged(norms, norms), grouping.merged(counts(grouping, mapped), norms))
-    if not every.values:
-        return jnp.ones(())
+    every = jax.tree.map(weighted, norms, sizes).values
     # Numbers as few as these are better divided by their largest than measured by `tree_rms`, which is more to compile.
-    largest = reduce(jnp.maximum, [jnp.max(norm, initial=0) for norm in every.values])
+    largest = reduce(jnp.maximum, [jnp.max(norm, initial=0) for norm in every])
     over = four_over(largest)
-    mean = largest * (jnp.sqrt(reduce(jnp.add, [jnp.sum(jnp.square(norm * over)) for norm in every.values])) / 4)
+    mean = largest * (jnp.sqrt(reduce(jnp.add, [jnp.sum(jnp.square(norm * over)) for norm in every])) / 4)
     bound = _as_rms(max_norm, total, mean.dtype)
     return jnp.where(mean > bound, quotient(bound, mean), 1)
