@@ -54,8 +54,26 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def quick_programs(quick_compiles):
+    """The exception within such a module: more is run than compiled."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def as_if_large():
+    """What a CPU does with large arrays it does with small ones too, for which it has a form of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        jax.clear_caches()
+        patch.setattr(_reduce, "SMALL", -1)
+        yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module", params=["cpu", "cuda", "tpu"])
-def form(request):
+def form(request, as_if_large):
     """The platform whose form of the arithmetic is taken; all of them run on a CPU, as if it were a single device."""
     with pytest.MonkeyPatch.context() as patch:
         jax.clear_caches()

@@ -196,6 +196,7 @@ def test_transformer_on_bytes(mup, verdict):
 
 @pytest.mark.slow
 @VERDICTS
+@pytest.mark.usefixtures("quick_programs")
 def test_five_widths_up_to_1024(mup, verdict):
     records = list(seed_sets(train("mlp", mup, [64, 128, 256, 512, 1024], range(15)), 3))
     print(records[0])

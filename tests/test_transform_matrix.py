@@ -6,7 +6,7 @@ One line in `ROWS` adds a function. A public function without a row fails a test
 import inspect
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -87,8 +87,13 @@ def by_path(path, leaf):
 
 def second_step(tx, params=PARAMS):
     """A gradient transformation as a function of updates, and parameters if it needs them, after one step."""
-    state = tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params)[1]
-    return lambda updates, params=None: tx.update(updates, state, params)
+
+    @cache
+    def state():
+        with jax.ensure_compile_time_eval():
+            return tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params)[1]
+
+    return lambda updates, params=None: tx.update(updates, state(), params)
 
 
 # The squares of one row overflow and those of the other underflow, or those of leaves: both take the rescaled path.
@@ -110,9 +115,11 @@ def back_tree(norms):
     return {"kernel": norms["kernel"] * 1e-30, "bias": norms["bias"] * 1e30}
 
 
+clip_to_a_tenth_of_the_smaller = second_step(rmsjax.clip_by_rms(1e-31, "block"), TREE)
+
+
 def clip_beyond(tree):
-    """Clipped to a tenth of the smaller leaf."""
-    updates, state = second_step(rmsjax.clip_by_rms(1e-31, "block"), TREE)(beyond_tree(tree))
+    updates, state = clip_to_a_tenth_of_the_smaller(beyond_tree(tree))
     return jax.tree.map(lambda update: update * 1e31, updates), back_tree(state.rms), state.num_clipped
 
 
@@ -230,14 +237,15 @@ def test_function_under_all_transformations(name, record_property):
         record_property("transform_matrix", [name, [[t, cells.get(t, "+")] for t in TRANSFORMS]])
 
 
-FORMS = ["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms"]
+FORMS = ["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms", "tree_rms beyond"]
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("name", quick_of(FORMS, *QUICK))
-def test_forms_of_accelerators_under_all_transformations(name, platform, monkeypatch):
-    """Run on a CPU."""
+def test_all_forms_under_all_transformations(name, platform, monkeypatch):
+    """Those of accelerators too run on a CPU, and what a CPU does with large arrays on small ones."""
     monkeypatch.setattr(_reduce, "FORM", platform)
+    monkeypatch.setattr(_reduce, "SMALL", -1)
     jax.clear_caches()
     fn, args, without = ROWS[name]
     assert_transform_invariant(fn, *args, transforms=[t for t in TRANSFORMS if t not in without])
