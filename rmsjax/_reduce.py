@@ -409,9 +409,10 @@ def _by_branch(span: Range, sums: Sums, on: str, data: Any, counts: list[Any]) -
 
 
 def _by_double(span: Range, sums: Sums, on: str, data: Any, counts: list[Any]) -> list[Array]:
-    """For NVIDIA GPUs: one sum in float64, which holds the square of every float32, whatever JAX is set to have.
+    """One sum in float64, which holds the square of every float32, whatever JAX is set to have.
 
-    Even those of them that have few units for float64 add up faster than numbers come from memory.
+    For NVIDIA GPUs: even those that have few units for float64 add up faster than numbers come from memory. And for
+    what is small on a CPU, where a branch would be most of the program.
     """
     with enable_x64(True):
         (totals,) = sums(data, [None], np.float64, on)

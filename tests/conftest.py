@@ -62,6 +62,14 @@ def quick_programs(quick_compiles):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture
+def fresh_traces():
+    """What was traced before serves not this test, nor what it traces others: it changes what the package does."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def as_if_large():
     """What a CPU does with large arrays it does with small ones too, for which it has a form of its own."""

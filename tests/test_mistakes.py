@@ -100,7 +100,7 @@ def test_the_zoo_is_as_large_as_it_says():
 @pytest.mark.slow
 def test_the_score(capsys, tmp_path):
     """Of what is found and named, in a table; the second time from the records."""
-    chosen = ["linen one rate*", "linen Adam*"]
+    chosen = ["linen one rate*", "linen Adam, Linen"]
     scores = [mistakes.score(1, tmp_path, i) for i, c in enumerate(mistakes.configs()) if mistakes.is_chosen(c, chosen)]
     assert [s.found for s in scores] == [[True], [False]]
     assert [s.named for s in scores] == [[True], [False]]

@@ -341,9 +341,9 @@ def test_number_of_all_reduces_under_shard_map_is_that_of_ways_to_split():
 
 
 @pytest.mark.skipif(not _reduce.KNOWS_DOUBLE, reason="float64 sums")
+@pytest.mark.usefixtures("fresh_traces")
 def test_of_small_arrays_sums_alone_are_sent(monkeypatch):
     monkeypatch.setattr(_reduce, "SMALL", 4096)
-    jax.clear_caches()
     tree, specs = grid(10)
     hot_tree = {name: hot(leaf) if name == "3" else leaf for name, leaf in tree.items()}
     for kind in (AUTO, EXPLICIT):
