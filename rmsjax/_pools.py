@@ -31,7 +31,6 @@ from rmsjax._reduce import (
     in_order,
     inverse_root,
     is_known,
-    is_small,
     lift,
     range_of,
     recomputed,
@@ -146,6 +145,10 @@ def _most_in_place(leaves: Sequence[Array], like: Pool) -> int:
     return max(1, min(_PLACE, _KEPT // max(size, 1))) if is_known(size) else _PLACE
 
 
+def _is_small(leaf: Array, limit: int) -> bool:
+    return is_known(leaf.size) and leaf.size <= limit
+
+
 def counts(plan: Plan, leaves: Sequence[Array]) -> list[Any]:
     """What the sums in each place are divided by: the number of elements of the pool, over all devices."""
 
@@ -179,12 +182,12 @@ def _bundles(plan: Plan, leaves: Sequence[Array], members: Sequence[int], on: st
     alike: dict[Any, list[int]] = {}
     for i in members:
         # A GPU reads a stack without making it, which others do not.
-        joins = is_small(leaves[i], _SMALL if on == "cuda" else 4096)
-        alike.setdefault((jax.typeof(leaves[i]), plan.mapped[i]) if joins else i, []).append(i)
+        is_small = _is_small(leaves[i], _SMALL if on == "cuda" else 4096)
+        alike.setdefault((jax.typeof(leaves[i]), plan.mapped[i]) if is_small else i, []).append(i)
     return [
         group[k : k + most]
         for group in alike.values()
-        for most in [4 * _STACKED if is_small(leaves[group[0]], 4096) else _STACKED]
+        for most in [4 * _STACKED if _is_small(leaves[group[0]], 4096) else _STACKED]
         for k in range(0, len(group), most)
     ]
 
@@ -235,7 +238,7 @@ def _sums_of_bundle(
 ) -> list[Array]:
     """For each factor, of those that are `known` first, the vector of the sums of some leaves of one type."""
     # XLA:CPU copies columns in loops; copies of tiny rows LLVM would write out, and take its time to put in order.
-    at = leaves[0].ndim if on == "cpu" and is_small(leaves[0], 64) else 0
+    at = leaves[0].ndim if on == "cpu" and _is_small(leaves[0], 64) else 0
     x = lax.expand_dims(leaves[0], [at]) if len(leaves) == 1 else jnp.stack(leaves, at)
     rest = [a for a in range(x.ndim) if a != at]
     return sums_of_squares(x, rest, dtype, [*known, *map(jnp.stack, factors)], on)

@@ -6,8 +6,7 @@ naive sum costs differs between platforms, so there are several forms of one for
 
 - squares that always fit (float16, float8): the naive sum, everywhere;
 - `_by_branch`, for CPUs: the naive sum, and another reading of the data only if that left the range;
-- `_by_double`, for NVIDIA GPUs, and for small arrays on CPUs: one sum in float64, which holds the square of every
-  float32;
+- `_by_double`, for NVIDIA GPUs: one sum in float64, which holds the square of every float32;
 - `_by_three_sums`, for TPUs and all else, and for float64: the sums of x, x S and x/S in one reading, of which one is
   right;
 - `_norm.in_one_kernel`, for a row to be normalised on an NVIDIA GPU: `_by_double`, fused with what follows.
@@ -37,9 +36,6 @@ T = TypeVar("T")
 
 FORM: str | None = None
 """For tests: the platform whose forms to take, instead of that which a program is compiled for."""
-
-SMALL = 4096
-"""Elements of an array that XLA:CPU adds up in float64 in no more time. Without a branch it compiles in half of it."""
 
 
 def by_platform(*args: Any, default: Callable[..., T], **forms: Callable[..., T]) -> T:
@@ -105,11 +101,6 @@ def times(x: Array, *factors: Array) -> Array:
 def is_known(size: Any) -> bool:
     """Whether a size is a number; in an export it may be symbolic."""
     return isinstance(size, int)
-
-
-def is_small(x: Array, most: int) -> bool:
-    """Whether x is known to have so many elements at most."""
-    return is_known(x.size) and x.size <= most
 
 
 def divisor(size: Any, dtype: Any) -> Any:
@@ -375,14 +366,13 @@ it is compiled for: "cpu", "cuda", or "other"."""
 
 def root_of_sums(span: Range, sums: Sums, data: Any, counts: Sequence[Any]) -> list[Array]:
     """sqrt(sum/count + epsilon) of each of the sums of squares of some data; counts are at least 1."""
-    forms = {"cpu": _by_branch, "other": _by_three_sums}
     if span.fits:
-        forms = dict.fromkeys(forms, _as_they_are)
-    elif span.dtype == np.float32 and KNOWS_DOUBLE:
-        of_cpu = _by_double if all(is_small(x, SMALL) for x in jax.tree.leaves(data)) else _by_branch
-        forms |= {"cuda": _by_double, "cpu": of_cpu}
-    taken = {on: partial(form, span, sums, on) for on, form in forms.items()}
-    return by_platform(data, list(counts), default=taken.pop("other"), **taken)
+        forms = [partial(_as_they_are, span, sums, on) for on in ("cpu", "other")]
+    else:
+        forms = [partial(_by_branch, span, sums), partial(_by_three_sums, span, sums)]
+        if span.dtype == np.float32 and KNOWS_DOUBLE:
+            return by_platform(data, list(counts), cpu=forms[0], cuda=partial(_by_double, span, sums), default=forms[1])
+    return by_platform(data, list(counts), cpu=forms[0], default=forms[1])
 
 
 def _as_they_are(span: Range, sums: Sums, on: str, data: Any, counts: list[Any]) -> list[Array]:
@@ -390,11 +380,15 @@ def _as_they_are(span: Range, sums: Sums, on: str, data: Any, counts: list[Any])
     return _roots(span, sums(data if span.computed else cpu_barrier(data), [None], span.dtype, on)[0], None, counts)
 
 
-def _by_branch(span: Range, sums: Sums, on: str, data: Any, counts: list[Any]) -> list[Array]:
-    """For CPUs: read the data again only if some sum left the window."""
+def _by_branch(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
+    """For CPUs: read the data again only if some sum left the window.
+
+    Of small arrays a sum in float64 is as fast, and compiles in half the time. But under vmap there may be many of
+    them, which no one sees here: 65,536 of 128 elements then take twenty times as long (jax 0.12).
+    """
     # Behind a barrier, or XLA would store float32 copies and squares, to share them with what follows.
     data = hold(data)
-    (naive,) = sums(data, [None], span.dtype, on)
+    (naive,) = sums(data, [None], span.dtype, "cpu")
 
     def as_they_are(data: Any, naive: list[Array], counts: list[Any]) -> list[Array]:
         del data
@@ -402,27 +396,26 @@ def _by_branch(span: Range, sums: Sums, on: str, data: Any, counts: list[Any]) -
 
     def rescaled(data: Any, naive: list[Array], counts: list[Any]) -> list[Array]:
         factors = _factors(span, naive, counts)
-        return _roots(span, sums(data, [factors], span.dtype, on)[0], factors, counts)
+        return _roots(span, sums(data, [factors], span.dtype, "cpu")[0], factors, counts)
 
     fit = _all_in_batch([lax.eq(factor, lax.full_like(factor, 1)) for factor in _factors(span, naive, counts)])
     return lax.cond(fit, as_they_are, rescaled, data, naive, counts)
 
 
-def _by_double(span: Range, sums: Sums, on: str, data: Any, counts: list[Any]) -> list[Array]:
-    """One sum in float64, which holds the square of every float32, whatever JAX is set to have.
+def _by_double(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
+    """For NVIDIA GPUs: one sum in float64, which holds the square of every float32, whatever JAX is set to have.
 
-    For NVIDIA GPUs: even those that have few units for float64 add up faster than numbers come from memory. And for
-    what is small on a CPU, where a branch would be most of the program.
+    Even those of them that have few units for float64 add up faster than numbers come from memory.
     """
     with enable_x64(True):
-        (totals,) = sums(data, [None], np.float64, on)
+        (totals,) = sums(data, [None], np.float64, "cuda")
         means = [total / lax.convert_element_type(n, np.float64) for total, n in zip(totals, counts, strict=True)]
         return [lax.convert_element_type(lax.sqrt(mean + span.epsilon), np.float32) for mean in means]
 
 
-def _by_three_sums(span: Range, sums: Sums, on: str, data: Any, counts: list[Any]) -> list[Array]:
+def _by_three_sums(span: Range, sums: Sums, data: Any, counts: list[Any]) -> list[Array]:
     """For accelerators: sums at three scales in one reading. XLA:GPU would run both sides of a branch, always."""
-    naive, large, *small = sums(data, [None, *span.factors[1:]], span.dtype, on)
+    naive, large, *small = sums(data, [None, *span.factors[1:]], span.dtype, "other")
     factors = _factors(span, naive, counts)
     totals = [lax.select(f < 1, many, total) for f, many, total in zip(factors, large, naive, strict=True)]
     for few in small:

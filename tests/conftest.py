@@ -70,18 +70,8 @@ def fresh_traces():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def as_if_large():
-    """What a CPU does with large arrays it does with small ones too, for which it has a form of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        jax.clear_caches()
-        patch.setattr(_reduce, "SMALL", -1)
-        yield
-    jax.clear_caches()
-
-
 @pytest.fixture(scope="module", params=["cpu", "cuda", "tpu"])
-def form(request, as_if_large):
+def form(request):
     """The platform whose form of the arithmetic is taken; all of them run on a CPU, as if it were a single device."""
     with pytest.MonkeyPatch.context() as patch:
         jax.clear_caches()

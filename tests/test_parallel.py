@@ -32,7 +32,7 @@ from tests.helpers import multiprocess_worker as worker
 from tests.helpers.marks import slow
 from tests.helpers.oracle import LIKELY
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "as_if_large")
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 MESH_AXES = ("data", "model")
@@ -338,22 +338,6 @@ def test_number_of_all_reduces_under_shard_map_is_that_of_ways_to_split():
     # What XLA is given has no more of them either; compiling it would take ten seconds.
     program, tree = lowered(1000)
     assert program.lower(tree).as_text().count("stablehlo.all_reduce") == 6
-
-
-@pytest.mark.skipif(not _reduce.KNOWS_DOUBLE, reason="float64 sums")
-@pytest.mark.usefixtures("fresh_traces")
-def test_of_small_arrays_sums_alone_are_sent(monkeypatch):
-    monkeypatch.setattr(_reduce, "SMALL", 4096)
-    tree, specs = grid(10)
-    hot_tree = {name: hot(leaf) if name == "3" else leaf for name, leaf in tree.items()}
-    for kind in (AUTO, EXPLICIT):
-        assert all_reduces(jax.jit(tree_rms), shapes(tree, specs, kind)) == (2, 0)
-        for values in (tree, hot_tree):
-            assert_same(jax.jit(tree_rms)(place(values, specs, kind)), pooled(*values.values()))
-    mapped = on_mesh(partial(tree_rms, axis_name=MESH_AXES), (specs,), P())
-    assert all_reduces(mapped, shapes(tree, specs)) == (3, 0)
-    for values in (tree, hot_tree):
-        assert_same(mapped(values), pooled(*values.values()))
 
 
 ROWS, FLAG = ("f32[4]",), ("pred[]",)  # what a device has of 8 rows split over "data"; whether all sums will do

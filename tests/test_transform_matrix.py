@@ -96,7 +96,7 @@ def second_step(tx, params=PARAMS):
     return lambda updates, params=None: tx.update(updates, state(), params)
 
 
-# The squares of one row overflow and those of the other underflow, or those of leaves: what is large is then rescaled.
+# The squares of one row overflow and those of the other underflow, or those of leaves: both take the rescaled path.
 
 
 def beyond(x):
@@ -237,16 +237,15 @@ def test_function_under_all_transformations(name, record_property):
         record_property("transform_matrix", [name, [[t, cells.get(t, "+")] for t in TRANSFORMS]])
 
 
-FORMS = ["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms", "tree_rms beyond"]
+FORMS = ["rms", "rms beyond", "rms_normalize", "rms_normalize beyond", "tree_rms"]
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-@pytest.mark.parametrize("name", quick_of(FORMS, "rms_normalize beyond"))
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("name", quick_of(FORMS, *QUICK))
 @pytest.mark.usefixtures("fresh_traces")
-def test_all_forms_under_all_transformations(name, platform, monkeypatch):
-    """Those of accelerators too run on a CPU, and what a CPU does with large arrays on small ones."""
+def test_forms_of_accelerators_under_all_transformations(name, platform, monkeypatch):
+    """Run on a CPU."""
     monkeypatch.setattr(_reduce, "FORM", platform)
-    monkeypatch.setattr(_reduce, "SMALL", -1)
     fn, args, without = ROWS[name]
     assert_transform_invariant(fn, *args, transforms=[t for t in TRANSFORMS if t not in without])
 
