@@ -64,7 +64,7 @@ def quick_programs(quick_compiles):
 
 @pytest.fixture
 def fresh_traces():
-    """What was traced before serves not this test, nor what it traces others: it changes what the package does."""
+    """For a test that changes what the package does: it takes nothing that was traced before, and leaves nothing."""
     jax.clear_caches()
     yield
     jax.clear_caches()

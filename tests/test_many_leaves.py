@@ -132,6 +132,7 @@ def operations(f, *args):
     return found
 
 
+@pytest.mark.usefixtures("fresh_traces")
 def test_few_operations(monkeypatch):
     """Each is traced, lowered and compiled: for an array, and for each further large leaf of a tree."""
     monkeypatch.setattr(_reduce, "FORM", "cpu")  # one form, as that which is lowered
@@ -209,6 +210,7 @@ def test_no_clip_has_many_more_operations_than_the_plain_one(tx, scope):
 
 
 @pytest.mark.parametrize("scope", ["global", "block"])
+@pytest.mark.usefixtures("fresh_traces")
 def test_few_reductions(scope, monkeypatch):
     """32 leaves to a reduction, in the naive pass and in the rescaled one: alone they take a minute to compile."""
     monkeypatch.setattr(_reduce, "FORM", "cpu")  # one form, as that which is compiled
@@ -228,6 +230,7 @@ READINGS = {
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("dtype", READINGS)
+@pytest.mark.usefixtures("fresh_traces")
 def test_leaves_of_one_type_are_summed_up_together_in_their_own_shape(dtype, platform, monkeypatch, x64):
     """To flatten them would gather what is split over devices, and copy what a TPU holds in tiles.
 
@@ -235,7 +238,6 @@ def test_leaves_of_one_type_are_summed_up_together_in_their_own_shape(dtype, pla
     squares fit or are taken in a type in which they do.
     """
     monkeypatch.setattr(_reduce, "FORM", platform)
-    jax.clear_caches()
     shapes = [(4, 16)] * 20 + [(16, 4)] * 20 + [(300, 300)] * 2
     leaves = [jnp.ones(shape, dtype) for shape in shapes]
     found = operations(rmsjax.tree_rms, leaves)

@@ -278,10 +278,10 @@ def test_the_search_for_communication_finds_it():
 @pytest.mark.parametrize("scope", ["global", "block", 1])
 @pytest.mark.parametrize("measure", [tree_rms, clip])
 @pytest.mark.parametrize("on_cpu", [True, slow(False)])
-def test_nothing_but_sums_is_sent(kind, scope, measure, on_cpu, monkeypatch):
+def test_nothing_but_sums_is_sent(kind, scope, measure, on_cpu, monkeypatch, request):
     if not on_cpu:
+        request.getfixturevalue("fresh_traces")
         monkeypatch.setattr(_reduce.lax, "platform_dependent", lambda *args, default, **platforms: default(*args))
-        jax.clear_caches()
     found = sent(jax.jit(lambda tree: measure(tree, scope)), shapes(*grid(8), kind))
     sums_of_a_leaf = 8 if scope == 1 else 1
     assert {s.operation for s in found} == {"all-reduce"}
@@ -378,6 +378,7 @@ def test_normalizing_whole_rows_sends_a_flag_at_most():
     assert sent(jax.jit(rms_normalize), *args) == [Sent("all-reduce", True, FLAG)]
 
 
+@pytest.mark.usefixtures("fresh_traces")
 def test_accelerators_send_one_message_for_each_norm_and_no_flag(monkeypatch):
     """Where there is no branch, the sums for each row at all scales are on their way together.
 
@@ -385,7 +386,7 @@ def test_accelerators_send_one_message_for_each_norm_and_no_flag(monkeypatch):
     """
     monkeypatch.setattr(_reduce, "FORM", "tpu")
     args = shapes((X, SCALE), (P("data", "model"), P("model")))
-    for epsilon, scales in (1.5e-18, 3), (1.5e-6, 2):  # programs that were not traced before
+    for epsilon, scales in (1.5e-18, 3), (1.5e-6, 2):
         normalize = jax.jit(partial(rms_normalize, epsilon=epsilon))
         assert sent(normalize, *args) == [Sent("all-reduce", True, ROWS * scales)]
     assert sent(normalize, *shapes((X, SCALE), (P("data"), P()))) == []
