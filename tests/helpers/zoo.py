@@ -353,6 +353,10 @@ def _ntk_rate(path):
     return -0.5 if is_hidden(path) else 0.0
 
 
+def _ntk_sgd_rate(path):
+    return 1.0 if is_hidden(path) else right_rate("sgd", path)
+
+
 def _no_multiplier(path):
     """Adam's learning rates where the readout has no multiplier: its kernel is one with the power -1."""
     return -1.0 if path.endswith("kernel") and not path.startswith("embed") else 0.0
@@ -395,7 +399,7 @@ RIGHT = [
     Config("Muon", T, "transformer", "muon"),
     Config("AdamW, two blocks", H, "transformer", "adamw", options={"blocks": 2}),
     Config("Adam, Flax's attention", T, "transformer", "adam", options={"attention": "flax"}),
-    Config("SGD", H, "transformer", "sgd"),
+    Config("SGD", T, "transformer", "sgd"),  # held out, until a rule was made of this one and of momentum below
     Config("Adam", T, "conv", "adam"),
     Config("Adam, random readout", H, "conv", "adam", options=RANDOM),
     Config("SGD", T, "conv", "sgd"),
@@ -418,7 +422,7 @@ RIGHT = [
     Config("Adam, LayerNorm, tanh", H, "mlp", "adam", options={"norm": "layer", "activation": jnp.tanh}),
     Config("Adam, three blocks, silu", H, "mlp", "adam", options={"blocks": 3, "activation": jax.nn.silu}),
     Config("AdamW, fast", H, "mlp", "adamw", speed=4.0),
-    Config("momentum", H, "transformer", "momentum"),
+    Config("momentum", T, "transformer", "momentum"),
     Config("Muon, random readout", H, "transformer", "muon", options=RANDOM),
     Config("Muon, tied", H, "transformer", "muon", options={"tied": True}),
     Config("AdamW, Flax's attention", H, "transformer", "adamw", options={"attention": "flax"}),
@@ -427,6 +431,19 @@ RIGHT = [
     Config("Adam, no norm, fast", H, "conv", "adam", options={"norm": None}, speed=4.0),
     Config("Muon, random readout", H, "conv", "muon", options=RANDOM),
     Config("SGD, random readout", H, "conv", "sgd", options=RANDOM),
+    # Written down before there was a rule for optimizers that are linear in the gradient.
+    Config("SGD, random query", H, "transformer", "sgd", options={"random_query": True}),
+    Config("SGD, two blocks", H, "transformer", "sgd", options={"blocks": 2}),
+    Config("SGD, tied", H, "transformer", "sgd", options={"tied": True}),
+    Config("SGD, Flax's attention", H, "transformer", "sgd", options={"attention": "flax"}),
+    Config("SGD, fast", H, "transformer", "sgd", speed=4.0),
+    Config("momentum, random readout", H, "transformer", "momentum", options=RANDOM),
+    Config("momentum, random query, two blocks", H, "transformer", "momentum",
+           options={"random_query": True, "blocks": 2}),
+    Config("SGD, multipliers before the hidden kernels", H, "mlp", "sgd", options={"ntk": "before"},
+           init={"block*/kernel": 0.5}, power=_ntk_sgd_rate),
+    Config("momentum, multipliers after the hidden kernels", H, "mlp", "momentum", options={"ntk": "after"},
+           init={"block*/kernel": 0.5}, power=_ntk_sgd_rate),
 ]  # fmt: skip
 
 MISTAKES = [
@@ -535,4 +552,25 @@ MISTAKES = [
     Config("stem's rate not multiplied", H, "conv", "sgd", ("stem*",), rate={"stem/kernel": -1.0}),
     Config("kernels of four axes left to Adam undivided", T, "conv", "muon", KERNELS, rate={"block*/kernel": 1.0}),
     Config("one rate, -1", H, "conv", "adamw", ("block0/second*",), rate={"block0/second/kernel": -1.0}),
+    # SGD and momentum: written down before there was a rule for optimizers that are linear in the gradient
+    Config("query's rate over the root", H, "transformer", "sgd", ("attention0/query*",),
+           rate={"attention0/query/kernel": -0.5}),
+    Config("query's rate divided, random query", H, "transformer", "sgd", ("attention0/query*",),
+           {"random_query": True}, rate={"attention0/query/kernel": -1.0}),
+    Config("query's rate over the root", H, "transformer", "momentum", ("attention0/query*",),
+           rate={"attention0/query/kernel": -0.5}),
+    Config("key's rate divided, random query", H, "transformer", "momentum", ("attention0/key*",),
+           {"random_query": True}, rate={"attention0/key/kernel": -1.0}),
+    Config("query's rate, +1, random query", H, "transformer", "sgd", ("attention0/query*",),
+           {"random_query": True}, rate={"attention0/query/kernel": 1.0}),
+    Config("scores over the root, random query", H, "transformer", "sgd", ("*scores", "*query*", "*key*"),
+           {"random_query": True}, scale={"scores": 0.5}),
+    Config("value's rate divided", H, "transformer", "sgd", ("attention0/value*",),
+           rate={"attention0/value/kernel": -1.0}),
+    Config("the MLP's rates over the root", H, "transformer", "momentum", ("mlp*",), rate={"mlp*kernel": -0.5}),
+    Config("multiplier over the root", H, "transformer", "sgd", READOUT, scale={"readout": 0.5}),
+    Config("tied, no multiplier", H, "transformer", "momentum", ("embed*", "Transformer"), {"tied": True},
+           scale={"readout": 1.0}),
+    Config("hidden rates over the root, multipliers before the kernels", H, "mlp", "sgd", KERNELS, {"ntk": "before"},
+           init={"block*/kernel": 0.5}, rate={"block*/kernel": -0.5}, power=_ntk_sgd_rate),
 ]  # fmt: skip
