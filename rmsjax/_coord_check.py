@@ -80,7 +80,10 @@ class WidthRecord(Record):
       to the output of its own layer: if it grows on the way, something there passes on too much, as a rule the initial
       scale of a kernel whose inputs are as many as the width;
     - what it does to the output of its own layer: its **learning rate**. This is the change of its RMS operator norm
-      with all multipliers of the model taken in, and no mistake in another learning rate bears on it;
+      with all multipliers of the model taken in, and no mistake in another learning rate bears on it. Steps of SGD,
+      with momentum or not, are as large as the gradient, which need not be level (that of queries is a sum of random
+      terms over the width, until values and readout agree): where they are the same multiple of it for all seeds,
+      two at least, what the loss makes of a change of that output is taken off;
     - the change of each activation over all steps: beyond ±3/8, as nothing before explains it.
 
     `findings` are those of the first of these that has any, since what comes later may follow from it (but the learning
@@ -100,10 +103,7 @@ class WidthRecord(Record):
     **What a few steps do not show.** Weight decay acts over the time 1/(learning rate · decay): with Adam and learning
     rates of hidden kernels that fall as 1/width, multiply their decay by the width, as optax multiplies it by the rate.
     Adam's epsilon bears on gradients that are not far above it, which get smaller with the width and in training:
-    compare with `gradient_rms`, or choose 1e-12. And a schedule, or a number of steps, that depends on the width. With
-    SGD, whose steps are as large as the gradient, queries and keys that start at random begin to learn more slowly in a
-    wider model (their gradient is a sum of random terms over the width, until values and readout agree): a finding
-    about these with SGD or momentum alone is no mistake.
+    compare with `gradient_rms`, or choose 1e-12. And a schedule, or a number of steps, that depends on the width.
 
     Attributes:
         layers: the names of the activations.
@@ -118,6 +118,8 @@ class WidthRecord(Record):
         parameter_changes: those of the parameter minus the same parameter at step 0.
         effects: the RMS norm of the change of each activation if one parameter alone is as its first update leaves it.
         axis: "width", or "depth" if `widths` are the depths that `coord_check` was given.
+        descents: of the first gradient g of each parameter, and the step s downhill that it leads to, the inner
+            products (g, s), (g, g) and (s, s).
 
     Example:
         >>> import tempfile
@@ -168,6 +170,7 @@ class WidthRecord(Record):
     parameter_changes: Float[np.ndarray, "widths seeds steps parameters"] = dataclasses.field(default_factory=_none)
     effects: Float[np.ndarray, "widths seeds parameters layers"] = dataclasses.field(default_factory=_none)
     axis: str = "width"
+    descents: Float[np.ndarray, "widths seeds products parameters"] = dataclasses.field(default_factory=_none)
 
     @property
     def steps(self) -> int:
@@ -508,6 +511,7 @@ class _Measured(NamedTuple):
     parameter_norms: OrderedDict[str, Any]
     parameter_changes: OrderedDict[str, Any]
     effects: OrderedDict[str, Any]  # by activation: arrays over (seeds, parameters, *loops)
+    descents: Any  # an array over (seeds, 3, parameters)
 
 
 def _train(
@@ -531,22 +535,25 @@ def _train(
     chosen = _parameters.parameters(params, shapes) if axis == "width" else []
 
     def step(carry: Any, index: Array) -> tuple[Any, Any]:
-        params, state, first, moved = carry
+        params, state, first, moved, descent = carry
         (value, now), grads = jax.value_and_grad(measured, has_aux=True)(params)
         # Step 0 is run by the same program as all others, so what did not learn has changed by 0, not by rounding.
         first = jax.tree.map(lambda new, old: jnp.where(index == 0, new, old), now, first)
         norms = _norms(now), _norms_of_change(now, first)
         own = _parameters.sizes(chosen, [params, jax.tree.map(_difference, params, initial)])
         after, state = advance(optimizer, objective, call, value, grads, params, state)
-        moved = _parameters.first_moves(initial, moved, grads, params, after) if chosen else moved
-        return (after, state, first, moved), (norms, own, value)
+        if chosen:
+            moved = _parameters.first_moves(initial, moved, grads, params, after)
+            descent = jnp.where(descent[1] > 0, descent, _parameters.descents(chosen, grads, params, after))
+        return (after, state, first, moved, descent), (norms, own, value)
 
-    start = params, optimizer.init(params), blank(shapes), initial
-    (_, _, _, moved), ((rms, change), (norms, changes), losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
+    start = params, optimizer.init(params), blank(shapes), initial, jnp.zeros((3, len(chosen)))
+    carry, ((rms, change), (norms, changes), losses) = jax.lax.scan(step, start, jnp.arange(steps + 1))
+    *_, moved, descent = carry
     effects: OrderedDict[str, Any] = OrderedDict()
     if chosen:
         effects = _parameters.effects(chosen, lambda params: measured(params)[1], _norms_of_change, initial, moved)
-    return _Measured(rms, change, _sizes(shapes), losses, norms, changes, effects)
+    return _Measured(rms, change, _sizes(shapes), losses, norms, changes, effects, descent)
 
 
 def _measure(program: Callable[..., Any], params: Any, call: Call) -> _Measured:
@@ -555,7 +562,7 @@ def _measure(program: Callable[..., Any], params: Any, call: Call) -> _Measured:
     rms = jax.tree.map(lambda norm: norm[None], _norms(activations))  # of a single step
     none: OrderedDict[str, Any] = OrderedDict()
     unchanged = jax.tree.map(jnp.zeros_like, rms)
-    return _Measured(rms, unchanged, _sizes(activations), jnp.full(1, jnp.nan), none, none, none)
+    return _Measured(rms, unchanged, _sizes(activations), jnp.full(1, jnp.nan), none, none, none, jnp.zeros((3, 0)))
 
 
 def _joined(measured: _Measured, more: _Measured) -> _Measured:
@@ -631,8 +638,11 @@ def _record(function: str, axis: str, sizes: list[int], seeds: list[int], measur
         ]
         return np.stack([np.concatenate([none, *row], -1) for row in rows])
 
+    def rows_of(each: _Measured, own: dict[str, str]) -> list[int]:
+        return [list(each.parameter_norms).index(own[name]) for name in parameters]
+
     def effects(each: _Measured, own: dict[str, str], at: list[_Place]) -> np.ndarray:
-        rows = [list(each.parameter_norms).index(own[name]) for name in parameters]
+        rows = rows_of(each, own)
         none = np.zeros((len(seeds), 0))
         found = [np.asarray(each.effects[name][:, :, *i])[:, rows] if rows else none for name, i in at]
         return np.stack(found, -1)
@@ -643,4 +653,5 @@ def _record(function: str, axis: str, sizes: list[int], seeds: list[int], measur
         layers, np.array(sizes), np.array(seeds), by_layer("rms"), by_layer("change"), np.array(counts), losses,
         parameters, by_parameter("parameter_norms"), by_parameter("parameter_changes"),
         np.stack([effects(*each) for each in zip(measured, names, chosen, strict=True)]), axis,
+        np.stack([each.descents[..., rows_of(each, own)] for each, own in zip(measured, names, strict=True)]),
     )  # fmt: skip

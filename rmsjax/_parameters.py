@@ -129,6 +129,17 @@ def first_moves(start: Any, moved: Any, grads: Any, before: Any, after: Any) -> 
     return jax.tree.map(first, start, moved, grads, before, after)
 
 
+def descents(chosen: list[Parameter], grads: Any, before: Any, after: Any) -> Array:
+    """Of gradients and steps downhill: inner products of both, and of each with itself, [3, parameters]."""
+    grads, before, after = map(jax.tree.leaves, (grads, before, after))
+
+    def products(p: Parameter) -> Array:
+        g, step = _of(p, grads), _of(p, before) - _of(p, after)
+        return jnp.stack([jnp.sum(jnp.real(x * y.conj())) for x, y in ((g, step), (g, g), (step, step))])
+
+    return jnp.stack([products(p) for p in chosen], 1)
+
+
 def effects(
     chosen: list[Parameter],
     activations_of: Callable[[Any], Any],

@@ -180,7 +180,7 @@ def judge(record: WidthRecord, sure: float = SURE) -> list[Finding]:
     if not found and (found := _enlarged(record, layers, effects, sure)):
         # What is before that layer has gradients that follow from it; its own learning rate is another matter.
         found += [finding for finding in rates if finding.layer == found[0].layer]
-    return found or rates or _training(record, layers, sure)
+    return found or rates or _training(record, layers, effects, sure)
 
 
 def is_in_doubt(record: WidthRecord) -> bool:
@@ -209,11 +209,33 @@ class _Effects:
         # Weight decay moves a little what has no gradient yet.
         moves = np.any(changes > 0.05 * np.max(changes, 2, keepdims=True, initial=0), axis=(0, 1))
         self.step = [int(np.argmax(moves[:, p])) if moves[:, p].any() else record.steps + 1 for p in range(count)]
+        self.seen = [None if own is None else self._seen(layers, p, own) for p, own in enumerate(self.own)]
+        seen = np.array([k or 0 for k in self.seen], int)
+        self.on_own = self.by_seed[:, np.arange(count), seen]
+        self.reaction = self._reaction(record)
 
     def _own(self, layers: _Layers, p: int, owner: int | None) -> int | None:
         """The layer of a parameter: the one of its name or, if that has no output of its own, the first it reaches."""
         reached = [k for k in layers.order if self.reaches[p, k]]
         return owner if owner in reached or not reached else reached[0]
+
+    def _seen(self, layers: _Layers, p: int, own: int) -> int | None:
+        """Where the output of its layer is used, which a module around that may scale."""
+        return next((k for k in (layers.outer[own], own) if self.reaches[p, k]), None)
+
+    def _reaction(self, record: WidthRecord) -> np.ndarray:
+        """How the loss reacts to a change of the output of a parameter's layer, for steps that follow that, as SGD's.
+
+        Steps that are a multiple of the gradient are as small as it is, and it need not be level: queries have a sum of
+        random terms, until values and readout agree. This is no matter of their learning rate. 0 for other steps.
+        """
+        if len(record.seeds) == 1 or not record.descents.size:
+            return np.zeros_like(self.on_own)
+        gains, gradients, steps = np.moveaxis(record.descents, 2, 0)
+        along = gains**2 > 0.98 * gradients * steps  # the direction is that of the gradient
+        rates = gains / np.where(along, gradients, np.inf)
+        alike = np.all(along & (np.ptp(rates, axis=1, keepdims=True) < 0.02 * rates), axis=(0, 1))  # but for rounding
+        return np.where(alike, exponents(record.widths, np.abs(gains)) - self.on_own, 0)
 
     def owned(self, layers: _Layers, layer: int) -> list[int]:
         """The parameters of a layer, or of one in it whose output it scales."""
@@ -262,12 +284,10 @@ def _enlarged(record: WidthRecord, layers: _Layers, effects: _Effects, sure: flo
 
 def _rates(record: WidthRecord, layers: _Layers, effects: _Effects, sure: float) -> list[Finding]:
     found: list[tuple[int, int, Finding]] = []
-    for p, (name, own) in enumerate(zip(record.parameters, effects.own, strict=True)):
-        if own is None or not effects.reaches[p, own]:
+    for p, (name, k) in enumerate(zip(record.parameters, effects.seen, strict=True)):
+        if k is None:
             continue
-        k = layers.outer[own]
-        k = k if effects.reaches[p, k] else own
-        slopes = over_seeds(effects.by_seed[:, p, k])
+        slopes = over_seeds(effects.on_own[:, p] - effects.reaction[:, p])
         if beyond(slopes, sure=sure):
             finding = _finding(name, "learning rate", slopes, k, record)
             found.append((effects.step[p], layers.place[k], finding))
@@ -275,13 +295,20 @@ def _rates(record: WidthRecord, layers: _Layers, effects: _Effects, sure: float)
     return [finding for step, _, finding in found if step == found[0][0]]
 
 
-def _training(record: WidthRecord, layers: _Layers, sure: float) -> list[Finding]:
-    slopes = over_seeds(exponents(record.widths, record.change[:, :, -1]))
+def _training(record: WidthRecord, layers: _Layers, effects: _Effects, sure: float) -> list[Finding]:
+    by_seed = exponents(record.widths, record.change[:, :, -1])
+    slopes = over_seeds(by_seed)
     # Where parameters are known to move as they should, only what is plain speaks against it.
-    signs = beyond(slopes, LEVEL + SURE if record.parameters else LEVEL, sure)
+    level = LEVEL + SURE if record.parameters else LEVEL
+    signs = beyond(slopes, level, sure)
+    slow = np.zeros_like(by_seed)  # for a gradient that shrinks
+    for p, k in enumerate(effects.seen):
+        if k is not None:
+            slow[:, k] = np.minimum(slow[:, k], effects.reaction[:, p])
+    is_slow = beyond(over_seeds(by_seed - slow), level, sure) == 0
     for k in layers.judged():
         sign = signs[k]
-        if sign > 0 or (sign < 0 and not (layers.is_sum[k] and slopes.mean[k] > _GONE)):
+        if sign > 0 or (sign < 0 and not is_slow[k] and not (layers.is_sum[k] and slopes.mean[k] > _GONE)):
             return [_finding(record.layers[k], "training", slopes, k, record)]
     return []
 

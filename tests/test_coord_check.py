@@ -28,6 +28,7 @@ from tests.helpers.parametrisations import (
     digits,
     zen_of_python,
 )
+from tests.helpers.records import cut
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -74,14 +75,6 @@ def seed_sets(record, count):
     """The record cut into records of `count` seeds each."""
     for i in range(0, len(record.seeds), count):
         yield cut(record, slice(i, i + count))
-
-
-def cut(record, seeds=slice(None), widths=slice(None)):
-    """The record of some of the seeds and widths."""
-    names = ("rms", "change", "loss", "parameter_norms", "parameter_changes", "effects")
-    parts = {name: getattr(record, name)[widths, seeds] for name in names}
-    of_widths = {name: getattr(record, name)[widths] for name in ("widths", "sizes")}
-    return dataclasses.replace(record, seeds=record.seeds[seeds], **of_widths, **parts)
 
 
 class NumpyMLP:

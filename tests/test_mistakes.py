@@ -20,6 +20,7 @@ from rmsjax import WidthRecord, _parameters, coord_check
 from tests.benchmarks import mistakes
 from tests.helpers import zoo
 from tests.helpers.marks import slow
+from tests.helpers.records import cut
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -81,10 +82,10 @@ def test_what_is_right_is_level(index):
 
 def test_the_zoo_is_as_large_as_it_says():
     """Both parts have their share of models and optimizers, and every pattern names something that is there."""
-    assert (len(zoo.MISTAKES), len(zoo.RIGHT)) == (95, 67)
+    assert (len(zoo.MISTAKES), len(zoo.RIGHT)) == (99, 73)
     everything = [*zoo.MISTAKES, *zoo.RIGHT]
     assert {c.model for c in everything} == zoo.MODELS.keys()
-    for half, counts in (("tuned", [42, 19]), ("held-out", [53, 48])):
+    for half, counts in (("tuned", [42, 22]), ("held-out", [57, 51])):
         mine = [c for c in everything if c.half == half]
         assert [sum(bool(c.cause) == planted for c in mine) for planted in (True, False)] == counts
         assert {"sgd", "adam", "adamw", "muon"} <= {c.optimizer for c in mine}
@@ -239,6 +240,27 @@ def test_a_parameter_is_followed_from_its_first_move():
     assert np.all(effect < change[:, :, 3])
 
 
+def test_descents_are_those_of_the_first_gradient():
+    """Of SGD the step is the gradient times the learning rate; each layer of a stacked leaf counts by itself."""
+    record = check(FromZero, steps=3)
+    gains, gradients, steps = np.moveaxis(record.descents, 2, 0)
+    assert np.all(gradients > 0)
+    np.testing.assert_allclose(gains, 0.1 * gradients, rtol=1e-4)
+    np.testing.assert_allclose(steps, 0.01 * gradients, rtol=1e-4)
+
+    def loss(model):
+        return jnp.mean(optax.l2_loss(model(X), X[:, :1]))
+
+    grads = nnx.grad(loss)(FromZero(8, nnx.Rngs(jax.random.key(0))))
+    last = record.parameters.index("last/kernel")
+    assert gradients[0, 0, last] == pytest.approx(float(jnp.sum(grads["last"]["kernel"][...] ** 2)), rel=1e-4)
+
+    tree, after = ({"blocks": {"kernel": x * jnp.ones((2, 3, 3))}} for x in (jnp.arange(1.0, 3)[:, None, None], 0.5))
+    chosen = _parameters.parameters(tree, {"blocks": jnp.ones((2, 1, 3))})
+    found = _parameters.descents(chosen, tree, tree, after)
+    np.testing.assert_allclose(found, 9 * np.array([[0.5, 3.0], [1.0, 4.0], [0.25, 2.25]]))
+
+
 def test_names_of_parameters_are_their_paths():
     """Of a leaf that is called value as well; boxes are no part of a path."""
     tree = {"attention": {"value": jnp.ones((2, 2)), "key": {"value": jnp.ones(2)}}, "value": jnp.ones(2)}
@@ -338,6 +360,53 @@ def test_causes(effects, names, kinds):
     assert (record.verdict == "level") == (not names)
 
 
+def with_descents(record, *, rate=0.0, gradient=0.0, cosine=1.0, spread=0.0):
+    """The same with steps of these powers of the width, of an angle to the gradient, and not the same for all seeds."""
+    w = np.array(record.widths, float)[:, None, None] * np.ones((1, len(record.seeds), len(record.parameters)))
+    rates = w**rate * (1 + spread * np.array(record.seeds)[:, None])
+    squares = w**gradient
+    return dataclasses.replace(
+        record, descents=np.stack([cosine * rates * squares, squares, rates**2 * squares], 2) * 0.1
+    )
+
+
+SLOW_START = np.array([[-0.5, -0.5, -0.5], [NOT, 0, 0]])  # the gradient of a shrinks, and its change with it
+
+
+@pytest.mark.parametrize(
+    ("effects", "given", "powers"),
+    [
+        (SLOW_START, {"gradient": -1.0}, []),  # it is SGD, and the gradient is why
+        (SLOW_START, {"gradient": -1.0, "cosine": 0.8}, [-0.5]),  # Adam does not follow the size of the gradient
+        (SLOW_START, {"gradient": -1.0, "spread": 0.1}, [-0.5]),  # nor does what is divided by its norm
+        (SLOW_START, {"rate": -0.5}, [-0.5]),
+        (SLOW_START - [[0.5], [0]], {"rate": -0.5, "gradient": -1.0}, [-0.5]),  # of the whole power, that of the rate
+        (np.array([[0, 0, 0], [NOT, 0, 0]]), {"rate": 0.5, "gradient": -1.0}, [0.5]),  # which the gradient hides
+    ],
+)
+def test_steps_of_sgd_follow_the_gradient(effects, given, powers):
+    """How the loss reacts to a change is (g, s) over the effect; the rest of the effect is the learning rate's."""
+    record = synthetic(np.array(effects))
+    seen = with_descents(record, **given)
+    rate, gradient = given.get("rate", 0.0), given.get("gradient", 0.0)
+    # Of b, for which these are not meant: its effect is level, as rate + gradient are of a level reaction.
+    seen.descents[..., 1] *= (seen.widths ** -(rate + gradient))[:, None, None]
+    assert [(f.name, f.kind) for f in seen.findings] == [("a/kernel", "learning rate")] * len(powers)
+    assert [f.power for f in seen.findings] == pytest.approx(powers)
+    alone = [f.power for f in cut(seen, slice(1)).findings]
+    assert alone == pytest.approx([p for p in effects[0, :1] if p])  # a single seed does not tell
+
+
+@pytest.mark.parametrize(("cosine", "found"), [(1.0, []), (0.8, ["a"])])
+def test_a_gradient_that_shrinks_makes_training_slow(cosine, found):
+    """The layer of such a parameter changes less in all steps: with SGD that is explained."""
+    record = with_descents(synthetic(np.array([[-0.2, -0.2, -0.2], [NOT, 0, 0]])), gradient=-0.4, cosine=cosine)
+    record.descents[..., 1] *= (record.widths**0.4)[:, None, None]
+    record.change[:, :, 1, 0] *= (record.widths**-0.45)[:, None]
+    assert [finding.name for finding in record.findings] == found
+    assert all(finding.kind == "training" for finding in record.findings)
+
+
 @pytest.mark.parametrize(("noise", "found"), [(0.0, True), (0.5, False)])
 def test_a_finding_has_a_sure_interval(noise, found):
     """A slope of 0.3 is one with a small interval, and none with a large one."""
@@ -362,7 +431,7 @@ def test_what_moves_later_follows():
 def test_files_of_older_versions_load(tmp_path):
     record = synthetic(np.zeros((2, 3)))
     old = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    for name in ("parameters", "parameter_norms", "parameter_changes", "effects"):
+    for name in ("parameters", "parameter_norms", "parameter_changes", "effects", "descents"):
         del old[name]
     np.savez(tmp_path / "old.npz", **old)
     loaded = WidthRecord.load(tmp_path / "old.npz")

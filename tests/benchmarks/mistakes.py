@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import re
 import time
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatch
@@ -38,13 +39,18 @@ def is_chosen(config, names):
     return not names or any(fnmatch(f"{config.model} {config.name}", name) for name in names)
 
 
+def file_name(config):
+    words = [config.model, config.optimizer, "mistake" if config.cause else "right", config.name]
+    return re.sub(r"[^\w+-]+", "-", "-".join(words))
+
+
 def score(sets, folder, index):
     import rmsjax
 
     config = configs()[index]
     found, named, causes, seconds = [], [], [], 0.0
     for k in range(sets):
-        path = folder and folder / f"{index}-{config.half}-{config.model}-{k}.npz"
+        path = folder and folder / f"{file_name(config)}-{k}.npz"
         if path and path.exists():
             record = rmsjax.WidthRecord.load(path)
         else:

@@ -399,7 +399,7 @@ RIGHT = [
     Config("Muon", T, "transformer", "muon"),
     Config("AdamW, two blocks", H, "transformer", "adamw", options={"blocks": 2}),
     Config("Adam, Flax's attention", T, "transformer", "adam", options={"attention": "flax"}),
-    Config("SGD", T, "transformer", "sgd"),  # held out, until a rule was made of this one and of momentum below
+    Config("SGD", T, "transformer", "sgd"),
     Config("Adam", T, "conv", "adam"),
     Config("Adam, random readout", H, "conv", "adam", options=RANDOM),
     Config("SGD", T, "conv", "sgd"),
@@ -431,19 +431,28 @@ RIGHT = [
     Config("Adam, no norm, fast", H, "conv", "adam", options={"norm": None}, speed=4.0),
     Config("Muon, random readout", H, "conv", "muon", options=RANDOM),
     Config("SGD, random readout", H, "conv", "sgd", options=RANDOM),
-    # Written down before there was a rule for optimizers that are linear in the gradient.
+    # Written down before there was a rule for steps that follow the gradient. Those that are tuned, here and among the
+    # transformers above, were held out until this rule was made of them.
     Config("SGD, random query", H, "transformer", "sgd", options={"random_query": True}),
-    Config("SGD, two blocks", H, "transformer", "sgd", options={"blocks": 2}),
-    Config("SGD, tied", H, "transformer", "sgd", options={"tied": True}),
+    Config("SGD, two blocks", T, "transformer", "sgd", options={"blocks": 2}),
+    Config("SGD, tied", T, "transformer", "sgd", options={"tied": True}),
     Config("SGD, Flax's attention", H, "transformer", "sgd", options={"attention": "flax"}),
     Config("SGD, fast", H, "transformer", "sgd", speed=4.0),
-    Config("momentum, random readout", H, "transformer", "momentum", options=RANDOM),
+    Config("momentum, random readout", T, "transformer", "momentum", options=RANDOM),
     Config("momentum, random query, two blocks", H, "transformer", "momentum",
            options={"random_query": True, "blocks": 2}),
     Config("SGD, multipliers before the hidden kernels", H, "mlp", "sgd", options={"ntk": "before"},
            init={"block*/kernel": 0.5}, power=_ntk_sgd_rate),
     Config("momentum, multipliers after the hidden kernels", H, "mlp", "momentum", options={"ntk": "after"},
            init={"block*/kernel": 0.5}, power=_ntk_sgd_rate),
+    # Written down after it.
+    Config("momentum, two blocks", H, "transformer", "momentum", options={"blocks": 2}),
+    Config("SGD, random readout", H, "transformer", "sgd", options=RANDOM),
+    Config("momentum, tied", H, "transformer", "momentum", options={"tied": True}),
+    Config("momentum, Flax's attention, two blocks", H, "transformer", "momentum",
+           options={"attention": "flax", "blocks": 2}),
+    Config("SGD, random query and readout", H, "transformer", "sgd", options=RANDOM | {"random_query": True}),
+    Config("momentum, random query, fast", H, "transformer", "momentum", options={"random_query": True}, speed=4.0),
 ]  # fmt: skip
 
 MISTAKES = [
@@ -552,7 +561,7 @@ MISTAKES = [
     Config("stem's rate not multiplied", H, "conv", "sgd", ("stem*",), rate={"stem/kernel": -1.0}),
     Config("kernels of four axes left to Adam undivided", T, "conv", "muon", KERNELS, rate={"block*/kernel": 1.0}),
     Config("one rate, -1", H, "conv", "adamw", ("block0/second*",), rate={"block0/second/kernel": -1.0}),
-    # SGD and momentum: written down before there was a rule for optimizers that are linear in the gradient
+    # SGD and momentum: written down before there was a rule for steps that follow the gradient, the last four after it
     Config("query's rate over the root", H, "transformer", "sgd", ("attention0/query*",),
            rate={"attention0/query/kernel": -0.5}),
     Config("query's rate divided, random query", H, "transformer", "sgd", ("attention0/query*",),
@@ -573,4 +582,11 @@ MISTAKES = [
            scale={"readout": 1.0}),
     Config("hidden rates over the root, multipliers before the kernels", H, "mlp", "sgd", KERNELS, {"ntk": "before"},
            init={"block*/kernel": 0.5}, rate={"block*/kernel": -0.5}, power=_ntk_sgd_rate),
+    Config("scores too small by the root", H, "transformer", "sgd", ("*scores", "*query*", "*key*"),
+           scale={"scores": -0.5}),
+    Config("a query's rate divided, two blocks", H, "transformer", "momentum", ("attention1/query*",), {"blocks": 2},
+           rate={"attention1/query/kernel": -1.0}),
+    Config("multiplier too small by the root", H, "transformer", "momentum", READOUT, scale={"readout": -0.5}),
+    Config("tied, multiplier over the root", H, "transformer", "sgd", ("embed*", "Transformer"), {"tied": True},
+           scale={"readout": 0.5}),
 ]  # fmt: skip
