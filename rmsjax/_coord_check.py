@@ -649,9 +649,10 @@ def _record(function: str, axis: str, sizes: list[int], seeds: list[int], measur
 
     counts = [[each.sizes[name].flat[0] for name, _ in at] for each, at in zip(measured, chosen, strict=True)]
     losses = np.stack([each.loss for each in measured]).astype(float)
+    descents = [each.descents[..., rows_of(each, own)] for each, own in zip(measured, names, strict=True)]
     return WidthRecord(
         layers, np.array(sizes), np.array(seeds), by_layer("rms"), by_layer("change"), np.array(counts), losses,
         parameters, by_parameter("parameter_norms"), by_parameter("parameter_changes"),
         np.stack([effects(*each) for each in zip(measured, names, chosen, strict=True)]), axis,
-        np.stack([each.descents[..., rows_of(each, own)] for each, own in zip(measured, names, strict=True)]),
+        np.stack(descents).astype(float),
     )  # fmt: skip

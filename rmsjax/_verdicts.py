@@ -210,8 +210,8 @@ class _Effects:
         moves = np.any(changes > 0.05 * np.max(changes, 2, keepdims=True, initial=0), axis=(0, 1))
         self.step = [int(np.argmax(moves[:, p])) if moves[:, p].any() else record.steps + 1 for p in range(count)]
         self.seen = [None if own is None else self._seen(layers, p, own) for p, own in enumerate(self.own)]
-        seen = np.array([k or 0 for k in self.seen], int)
-        self.on_own = self.by_seed[:, np.arange(count), seen]
+        places = np.array([k or 0 for k in self.seen], int)
+        self.on_own = self.by_seed[:, np.arange(count), places]
         self.reaction = self._reaction(record)
 
     def _own(self, layers: _Layers, p: int, owner: int | None) -> int | None:
@@ -224,10 +224,11 @@ class _Effects:
         return next((k for k in (layers.outer[own], own) if self.reaches[p, k]), None)
 
     def _reaction(self, record: WidthRecord) -> np.ndarray:
-        """How the loss reacts to a change of the output of a parameter's layer, for steps that follow that, as SGD's.
+        """How the loss reacts to a change of the output of each parameter's layer, [seeds, parameters].
 
-        Steps that are a multiple of the gradient are as small as it is, and it need not be level: queries have a sum of
-        random terms, until values and readout agree. This is no matter of their learning rate. 0 for other steps.
+        Of steps that are a multiple of the gradient, as those of SGD; else 0. They are as small as it is, and it need
+        not be level: that of queries is a sum of random terms, until values and readout agree. This is no matter of the
+        learning rate.
         """
         if len(record.seeds) == 1 or not record.descents.size:
             return np.zeros_like(self.on_own)
