@@ -606,14 +606,20 @@ class SplitModel(nnx.Module):
         return self.last(self.together(self.split(self.first(x))))
 
 
+BLOCKS = np.stack([X, 2 * X, -X, X + 1], 1)  # of three axes, so that axes are merged
+
+
+@functools.cache
+def unsplit():
+    return check(SplitModel, (BLOCKS, BLOCKS[..., :1]))
+
+
 def check_split(kind, rows, hidden=None):
-    """As on one device; the batch has three axes, so that axes are merged."""
-    x = np.stack([X, 2 * X, -X, X + 1], 1)
-    arrays = x, x[..., :1]
-    want = check(SplitModel, arrays)
+    """As on one device."""
+    want = unsplit()
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
-        arrays = jax.device_put(arrays, jax.NamedSharding(mesh, rows))
+        arrays = jax.device_put((BLOCKS, BLOCKS[..., :1]), jax.NamedSharding(mesh, rows))
         found = check(functools.partial(SplitModel, hidden=hidden, rows=hidden and rows), arrays)
     assert found.layers == want.layers
     np.testing.assert_allclose(found.rms, want.rms, rtol=1e-5)
