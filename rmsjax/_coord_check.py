@@ -79,12 +79,14 @@ class WidthRecord(Record):
     - what the first change of each parameter alone, with all others as they were, does further on, against what it does
       to the output of its own layer: if it grows on the way, something there passes on too much, as a rule the initial
       scale of a kernel whose inputs are as many as the width;
-    - what it does to the output of its own layer: its **learning rate**. This is the change of its RMS operator norm
-      with all multipliers of the model taken in, and no mistake in another learning rate bears on it. Steps of SGD,
-      with momentum or not, are as large as the gradient, which need not be level (that of queries is a sum of random
-      terms over the width, until values and readout agree): where they are the same multiple of it for all seeds,
-      two at least, what the loss makes of a change of that output is taken off;
-    - the change of each activation over all steps: beyond ±3/8, as nothing before explains it.
+    - what it does to the output of its own layer: its **learning rate**. With all multipliers of the model taken in
+      this is the change of its RMS operator norm, and no mistake in another learning rate bears on it. But steps of
+      SGD, with momentum or not, are as large as the gradient, which need not be level: that of queries is a sum of
+      random terms over the width, until values and readout agree. Where steps are the same multiple of the gradient
+      for all seeds, two at least, how the loss reacts to a change of that output, $\langle g, s \rangle$ over its RMS,
+      is therefore divided out, and what is left is the learning rate's;
+    - the change of each activation over all steps: beyond ±3/8, as nothing before explains it; the gradients of a
+      layer's own parameters do, with SGD, if it shrinks.
 
     `findings` are those of the first of these that has any, since what comes later may follow from it (but the learning
     rate of what passes on too much): mend them, and check again. Each names a parameter (a layer, if no parameter of it
@@ -104,6 +106,8 @@ class WidthRecord(Record):
     rates of hidden kernels that fall as 1/width, multiply their decay by the width, as optax multiplies it by the rate.
     Adam's epsilon bears on gradients that are not far above it, which get smaller with the width and in training:
     compare with `gradient_rms`, or choose 1e-12. And a schedule, or a number of steps, that depends on the width.
+    Queries and keys that learn slowly in a wide model at first are still findings, and no mistakes, where steps of SGD
+    are more than a multiple of the gradient, by decayed weights or a clip, and where there is a single seed.
 
     Attributes:
         layers: the names of the activations.
@@ -118,8 +122,7 @@ class WidthRecord(Record):
         parameter_changes: those of the parameter minus the same parameter at step 0.
         effects: the RMS norm of the change of each activation if one parameter alone is as its first update leaves it.
         axis: "width", or "depth" if `widths` are the depths that `coord_check` was given.
-        descents: of the first gradient g of each parameter, and the step s downhill that it leads to, the inner
-            products (g, s), (g, g) and (s, s).
+        descents: the products g·s, g·g and s·s of the gradient of each parameter and its step downhill, its first.
 
     Example:
         >>> import tempfile
@@ -544,7 +547,8 @@ def _train(
         after, state = advance(optimizer, objective, call, value, grads, params, state)
         if chosen:
             moved = _parameters.first_moves(initial, moved, grads, params, after)
-            descent = jnp.where(descent[1] > 0, descent, _parameters.descents(chosen, grads, params, after))
+            is_known = jnp.all(descent[1:] > 0, axis=0)  # of a step that moved it
+            descent = jnp.where(is_known, descent, _parameters.descents(chosen, grads, params, after))
         return (after, state, first, moved, descent), (norms, own, value)
 
     start = params, optimizer.init(params), blank(shapes), initial, jnp.zeros((3, len(chosen)))
@@ -645,7 +649,7 @@ def _record(function: str, axis: str, sizes: list[int], seeds: list[int], measur
         rows = rows_of(each, own)
         none = np.zeros((len(seeds), 0))
         found = [np.asarray(each.effects[name][:, :, *i])[:, rows] if rows else none for name, i in at]
-        return np.stack(found, -1)
+        return np.stack(found, -1).astype(float)
 
     counts = [[each.sizes[name].flat[0] for name, _ in at] for each, at in zip(measured, chosen, strict=True)]
     losses = np.stack([each.loss for each in measured]).astype(float)

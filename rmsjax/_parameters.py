@@ -130,12 +130,16 @@ def first_moves(start: Any, moved: Any, grads: Any, before: Any, after: Any) -> 
 
 
 def descents(chosen: list[Parameter], grads: Any, before: Any, after: Any) -> Array:
-    """Of gradients and steps downhill: inner products of both, and of each with itself, [3, parameters]."""
+    """Of the gradient g of each parameter and its step s, before - after: g.s, g.g and s.s, [3, parameters].
+
+    g.s is by how much the loss falls, to first order; JAX has the gradient of a complex parameter conjugated.
+    """
     grads, before, after = map(jax.tree.leaves, (grads, before, after))
 
     def products(p: Parameter) -> Array:
         g, step = _of(p, grads), _of(p, before) - _of(p, after)
-        return jnp.stack([jnp.sum(jnp.real(x * y.conj())) for x, y in ((g, step), (g, g), (step, step))])
+        found = [jnp.sum(jnp.real(g * step)), *(jnp.sum(jnp.square(jnp.abs(x))) for x in (g, step))]
+        return jnp.stack(found).astype(jnp.zeros(()).dtype)
 
     return jnp.stack([products(p) for p in chosen], 1)
 

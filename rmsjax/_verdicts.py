@@ -4,8 +4,9 @@ What is judged, each by its exponent of the width:
 
 1. The RMS norm of every activation before training. It is level where the initial scale is right.
 2. What the first change of each parameter does, with all other parameters as they were: to the output of its own
-   layer, where it is level if the learning rate is right, whatever the learning rates of others are; and further on,
-   where it stays level if nothing on the way enlarges it.
+   layer, where it is level if the learning rate is right, whatever the learning rates of others are (less what the
+   gradient does, for steps that follow it, as those of SGD); and further on, where it stays level if nothing on the way
+   enlarges it.
 3. Where all this is level, what several steps together do to each activation.
 
 An initial scale that is wrong changes what comes after it, and gradients before it, so it is a cause before any
@@ -69,14 +70,15 @@ class Finding(NamedTuple):
             return f"{self.name}: not finite"
         nearest = abs(round(2 * self.power) / 2)
         interval = f" ±{self.high - self.power:.2f}" if math.isfinite(self.high) else ""
-        scales = f"{self.word} as {self.axis}^{self.power:+.2f}{interval}"
+        power = f"{self.axis}^{self.power:+.2f}{interval}"
+        scales = f"{self.word} as {power}"
         does = "divide" if self.power > 0 else "multiply"
         by = f"by {self.axis}^{nearest:g}"
         return (
             f"{self.name}: "
             + {
-                "initial scale": f"its initial scale is off by {self.axis}^{self.power:+.2f}{interval}: {does} it {by}",
-                "learning rate": f"its change {scales}: {does} its learning rate {by}",
+                "initial scale": f"its initial scale is off by {power}: {does} it {by}",
+                "learning rate": f"its learning rate is off by {power}: {does} it {by}",
                 "passes on": f"what it makes of changes before it {scales}: {does} its scale {by}",
                 "training": f"its change over all steps {scales}",
             }[self.kind]
@@ -224,19 +226,21 @@ class _Effects:
         return next((k for k in (layers.outer[own], own) if self.reaches[p, k]), None)
 
     def _reaction(self, record: WidthRecord) -> np.ndarray:
-        """How the loss reacts to a change of the output of each parameter's layer, [seeds, parameters].
+        """How the loss reacts to a change of the output of each parameter's layer, as exponents [seeds, parameters].
 
         Of steps that are a multiple of the gradient, as those of SGD; else 0. They are as small as it is, and it need
         not be level: that of queries is a sum of random terms, until values and readout agree. This is no matter of the
         learning rate.
         """
+        none = np.zeros_like(self.on_own)
         if len(record.seeds) == 1 or not record.descents.size:
-            return np.zeros_like(self.on_own)
-        gains, gradients, steps = np.moveaxis(record.descents, 2, 0)
-        along = gains**2 > 0.98 * gradients * steps  # the direction is that of the gradient
-        rates = gains / np.where(along, gradients, np.inf)
-        alike = np.all(along & (np.ptp(rates, axis=1, keepdims=True) < 0.02 * rates), axis=(0, 1))  # but for rounding
-        return np.where(alike, exponents(record.widths, np.abs(gains)) - self.on_own, 0)
+            return none
+        is_step = np.all(np.isfinite(record.descents) & (record.descents > 0), axis=2)
+        gains, gradients, steps = np.moveaxis(np.where(is_step[:, :, None], record.descents, 1), 2, 0)
+        rates, lengths = gains / gradients, steps / gains  # both are the learning rate, if the directions are the same
+        spread = np.ptp(rates, axis=1, keepdims=True)
+        follows = is_step & (lengths < 1.02 * rates) & (spread < 0.02 * rates)  # but for rounding
+        return np.where(np.all(follows, axis=(0, 1)), exponents(record.widths, gains) - self.on_own, none)
 
     def owned(self, layers: _Layers, layer: int) -> list[int]:
         """The parameters of a layer, or of one in it whose output it scales."""
@@ -306,7 +310,7 @@ def _training(record: WidthRecord, layers: _Layers, effects: _Effects, sure: flo
     for p, k in enumerate(effects.seen):
         if k is not None:
             slow[:, k] = np.minimum(slow[:, k], effects.reaction[:, p])
-    is_slow = beyond(over_seeds(by_seed - slow), level, sure) == 0
+    is_slow = beyond(over_seeds(by_seed - slow), level, sure) >= 0
     for k in layers.judged():
         sign = signs[k]
         if sign > 0 or (sign < 0 and not is_slow[k] and not (layers.is_sum[k] and slopes.mean[k] > _GONE)):

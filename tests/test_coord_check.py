@@ -368,7 +368,7 @@ def test_more_seeds_where_in_doubt(mean, spread, seeds):
     expected = check(make_model, batch, seeds=range(seeds))  # which are named, and in doubt as well
     assert len(made) == 2 * once
     assert len(expected.seeds) == seeds
-    for name in ("rms", "change", "loss", "effects", "parameter_norms"):
+    for name in ("rms", "change", "loss", "effects", "parameter_norms", "descents"):
         np.testing.assert_allclose(getattr(record, name), getattr(expected, name), rtol=1e-5)
 
 
@@ -397,7 +397,7 @@ def test_text_of_a_finding_that_no_layer_shows(layer):
     record = dataclasses.replace(plain, **given)
     assert [finding.kind for finding in record.findings] == ["learning rate"]
     where = "" if layer == 0 else " (1 of 1 layer)"
-    assert f"verdict: grows{where}\n- layer0/kernel: its change grows" in str(record)
+    assert f"verdict: grows{where}\n- layer0/kernel: its learning rate is off" in str(record)
 
 
 @pytest.mark.parametrize("changes", [(0.5, 0.5), (0.0, -0.5), (0.0, np.nan)])

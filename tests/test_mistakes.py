@@ -109,7 +109,7 @@ def test_the_score(capsys, tmp_path, monkeypatch):
     assert all(s.seconds > 0 for s in scores)
     mistakes.main([*chosen, "--sets", "1", "--records", str(tmp_path), "--markdown"])
     *lines, _, head, rule, tuned, _, held_out, _ = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert [" | 0 s | " in line for line in lines] == [True, True]
     assert {row.count("|") for row in (head, rule, tuned, held_out)} == {7}
     assert "1 of 1 (100%) | 1 of 1 (100%)" in tuned
     assert "0 of 1 (0%)" in held_out
@@ -265,6 +265,33 @@ def test_descents_are_those_of_the_first_gradient():
     np.testing.assert_allclose(found, 9 * np.array([[0.5, 3.0], [1.0, 4.0], [0.25, 2.25]]))
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(optax.linear_schedule(0.0, 0.1, 1)),
+        slow(optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()),
+    ],
+    ids=["from a rate of 0", "every second step"],
+)
+def test_a_step_that_moves_nothing_is_none(optimizer):
+    record = check(FromZero, make_optimizer=lambda width: optimizer, steps=4)
+    gains, gradients, _ = np.moveaxis(record.descents, 2, 0)
+    np.testing.assert_allclose(gains, 0.1 * gradients, rtol=1e-4)
+    assert np.all(gains > 0)
+
+
+def test_descents_in_other_types(x64):
+    """Under x64, without promotion; a complex gradient is the conjugate of the direction in which the loss rises."""
+    with jax.numpy_dtype_promotion("strict"):
+        record = check(lambda width, rngs: nnx.Linear(8, width, param_dtype=jnp.float32, rngs=rngs), (X, X[:, :1]),
+                       loss=lambda y, x: jnp.mean((y - x) ** 2, -1))  # fmt: skip
+        assert np.all(record.descents > 0)
+        z = jnp.array([1 + 2j, 3 - 1j])
+        grads = jax.grad(lambda z: jnp.sum(jnp.abs(z - 1) ** 2))(z)
+        found = _parameters.descents(_parameters.parameters([z], {}), [grads], [z], [z - 0.1 * grads.conj()])
+    np.testing.assert_allclose(found[:, 0], np.array([0.1, 1, 0.01]) * np.sum(np.abs(grads) ** 2))
+
+
 def test_names_of_parameters_are_their_paths():
     """Of a leaf that is called value as well; boxes are no part of a path."""
     tree = {"attention": {"value": jnp.ones((2, 2)), "key": {"value": jnp.ones(2)}}, "value": jnp.ones(2)}
@@ -365,10 +392,10 @@ def test_causes(effects, names, kinds):
 
 
 def with_descents(record, *, rate=0.0, gradient=0.0, cosine=1.0, spread=0.0):
-    """The same with steps of these powers of the width, of an angle to the gradient, and not the same for all seeds."""
-    w = np.array(record.widths, float)[:, None, None] * np.ones((1, len(record.seeds), len(record.parameters)))
-    rates = w**rate * (1 + spread * np.array(record.seeds)[:, None])
-    squares = w**gradient
+    """The same with steps of a/kernel of these powers, at an angle to the gradient, and not the same for all seeds."""
+    w = np.array(record.widths, float)[:, None, None] * np.ones((1, len(record.seeds), 1))
+    rates = w ** np.array([rate, 0]) * (1 + spread * np.array(record.seeds)[:, None])
+    squares = w ** np.array([gradient, 0])
     return dataclasses.replace(
         record, descents=np.stack([cosine * rates * squares, squares, rates**2 * squares], 2) * 0.1
     )
@@ -392,9 +419,6 @@ def test_steps_of_sgd_follow_the_gradient(effects, given, powers):
     """How the loss reacts to a change is (g, s) over the effect; the rest of the effect is the learning rate's."""
     record = synthetic(np.array(effects))
     seen = with_descents(record, **given)
-    rate, gradient = given.get("rate", 0.0), given.get("gradient", 0.0)
-    # Of b, for which these are not meant: its effect is level, as rate + gradient are of a level reaction.
-    seen.descents[..., 1] *= (seen.widths ** -(rate + gradient))[:, None, None]
     assert [(f.name, f.kind) for f in seen.findings] == [("a/kernel", "learning rate")] * len(powers)
     assert [f.power for f in seen.findings] == pytest.approx(powers)
     alone = [f.power for f in cut(seen, slice(1)).findings]
@@ -402,13 +426,24 @@ def test_steps_of_sgd_follow_the_gradient(effects, given, powers):
 
 
 @pytest.mark.parametrize(("cosine", "found"), [(1.0, []), (0.8, ["a"])])
-def test_a_gradient_that_shrinks_makes_training_slow(cosine, found):
-    """The layer of such a parameter changes less in all steps: with SGD that is explained."""
-    record = with_descents(synthetic(np.array([[-0.2, -0.2, -0.2], [NOT, 0, 0]])), gradient=-0.4, cosine=cosine)
-    record.descents[..., 1] *= (record.widths**0.4)[:, None, None]
+@pytest.mark.parametrize("effect", [-0.2, -1.0])
+def test_a_gradient_that_shrinks_makes_training_slow(effect, cosine, found):
+    """The layer of such a parameter changes less in all steps: with SGD that is explained, also if it catches up."""
+    power = effect if cosine == 1 else 0  # else the effect would be a finding before
+    record = with_descents(synthetic(np.array([[power] * 3, [NOT, 0, 0]])), gradient=2 * effect, cosine=cosine)
     record.change[:, :, 1, 0] *= (record.widths**-0.45)[:, None]
     assert [finding.name for finding in record.findings] == found
     assert all(finding.kind == "training" for finding in record.findings)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e300, np.inf, np.nan, -1.0])
+@pytest.mark.parametrize("product", range(3))
+def test_products_that_leave_the_range_say_nothing(product, value):
+    """Nor does one that is 0, as of a parameter that has no gradient for some seed: its effect counts as it is."""
+    record = with_descents(synthetic(SLOW_START), gradient=-1.0)
+    record.descents[1, 2, product, 0] = value
+    assert [finding.power for finding in record.findings] == pytest.approx([-0.5])
+    assert "its learning rate is off by width^-0.50 ±0.00: multiply it by width^0.5" in " ".join(str(record).split())
 
 
 @pytest.mark.parametrize(("noise", "found"), [(0.0, True), (0.5, False)])
