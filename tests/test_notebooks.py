@@ -101,8 +101,11 @@ def test_notebook_runs_and_shows_what_it_gives(path, monkeypatch):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_form(path):
-    """A title, the cell that installs rmsjax if need be, which is one for all, and a small size."""
+    """A title, headings of which none comes twice, one cell for all that installs rmsjax if need be, a small size."""
     cells = nbformat.read(path, as_version=4).cells
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    headings = [line for text in texts for line in text.splitlines() if line.startswith("#")]
+    assert len(set(headings)) == len(headings)
     assert cells[0].source.startswith("# ")
     assert cells[1].source == nbformat.read(NOTEBOOKS[0], as_version=4).cells[1].source
     assert re.match(r'SOURCE = "\.\."  # ', cells[1].source)
