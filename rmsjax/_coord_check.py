@@ -642,21 +642,23 @@ def _record(function: str, axis: str, sizes: list[int], seeds: list[int], measur
         ]
         return np.stack([np.concatenate([none, *row], -1) for row in rows])
 
-    def rows_of(each: _Measured, own: dict[str, str]) -> list[int]:
-        return [list(each.parameter_norms).index(own[name]) for name in parameters]
+    # The place of each parameter in what was measured at each size.
+    rows = [
+        [list(each.parameter_norms).index(own[name]) for name in parameters]
+        for each, own in zip(measured, names, strict=True)
+    ]
 
-    def effects(each: _Measured, own: dict[str, str], at: list[_Place]) -> np.ndarray:
-        rows = rows_of(each, own)
+    def effects(each: _Measured, rows: list[int], at: list[_Place]) -> np.ndarray:
         none = np.zeros((len(seeds), 0))
         found = [np.asarray(each.effects[name][:, :, *i])[:, rows] if rows else none for name, i in at]
         return np.stack(found, -1).astype(float)
 
     counts = [[each.sizes[name].flat[0] for name, _ in at] for each, at in zip(measured, chosen, strict=True)]
     losses = np.stack([each.loss for each in measured]).astype(float)
-    descents = [each.descents[..., rows_of(each, own)] for each, own in zip(measured, names, strict=True)]
+    descents = [each.descents[..., of_size] for each, of_size in zip(measured, rows, strict=True)]
     return WidthRecord(
         layers, np.array(sizes), np.array(seeds), by_layer("rms"), by_layer("change"), np.array(counts), losses,
         parameters, by_parameter("parameter_norms"), by_parameter("parameter_changes"),
-        np.stack([effects(*each) for each in zip(measured, names, chosen, strict=True)]), axis,
+        np.stack([effects(*each) for each in zip(measured, rows, chosen, strict=True)]), axis,
         np.stack(descents).astype(float),
     )  # fmt: skip

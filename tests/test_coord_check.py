@@ -607,11 +607,12 @@ class SplitModel(nnx.Module):
 
 
 BLOCKS = np.stack([X, 2 * X, -X, X + 1], 1)  # of three axes, so that axes are merged
+BATCH = BLOCKS, BLOCKS[..., :1]
 
 
 @functools.cache
 def unsplit():
-    return check(SplitModel, (BLOCKS, BLOCKS[..., :1]))
+    return check(SplitModel, BATCH)
 
 
 def check_split(kind, rows, hidden=None):
@@ -619,7 +620,7 @@ def check_split(kind, rows, hidden=None):
     want = unsplit()
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
-        arrays = jax.device_put((BLOCKS, BLOCKS[..., :1]), jax.NamedSharding(mesh, rows))
+        arrays = jax.device_put(BATCH, jax.NamedSharding(mesh, rows))
         found = check(functools.partial(SplitModel, hidden=hidden, rows=hidden and rows), arrays)
     assert found.layers == want.layers
     np.testing.assert_allclose(found.rms, want.rms, rtol=1e-5)

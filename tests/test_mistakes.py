@@ -3,6 +3,7 @@
 All of the zoo of right configurations and planted mistakes is run by `python -m tests.benchmarks mistakes`.
 """
 
+import contextlib
 import dataclasses
 import math
 
@@ -27,10 +28,16 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 X = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def promotion(strict):
+@contextlib.contextmanager
+def promotes():
     """optax's Adam needs it."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def promotion(strict):
+    with promotes():
         yield
 
 
@@ -90,6 +97,7 @@ def test_the_zoo_is_as_large_as_it_says():
         assert [sum(bool(c.cause) == planted for c in mine) for planted in (True, False)] == counts
         assert {"sgd", "adam", "adamw", "muon"} <= {c.optimizer for c in mine}
     assert len({(c.model, c.name, c.optimizer, bool(c.cause)) for c in everything}) == len(everything)
+    assert len({mistakes.file_name(c) for c in everything}) == len(everything)
     for config in zoo.MISTAKES:
         if config.model != "linen":
             state = nnx.state(jax.eval_shape(lambda c=config: nnx.state(c.make_model(64, nnx.Rngs(0)), nnx.Param)))
@@ -161,7 +169,7 @@ def leaves_of(params):
 
 @pytest.fixture(scope="module")
 def recorded():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with promotes():
         tokens = np.arange(8).reshape(2, 4) % 4
         return check(
             Kinds, (tokens, np.zeros(())), loss=lambda output, target: optax.l2_loss(output),
@@ -236,7 +244,7 @@ class FromZero(nnx.Module):
 @pytest.fixture(scope="module")
 def late():
     """Trained at a rate that starts at 0, so that the first step moves nothing."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with promotes():
         rate = optax.linear_schedule(0.0, 0.1, 1)
         return check(FromZero, make_optimizer=lambda width: optax.sgd(rate), steps=4)
 
